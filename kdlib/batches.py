@@ -1,0 +1,146 @@
+"""From words to tensors: word pieces, batches of like length, padding.
+
+Everything a model is asked about is a word: the vector of a word is that of its first word piece. A sentence of more pieces than
+the encoder takes is read in several windows, cut between words, and put together again before the CRF sees it: no word is lost.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kdlib.data import Sentence
+
+
+@dataclass
+class Batch:
+    """B sentences: word pieces in N >= B windows, and for every word where its first piece lies.
+
+    pieces, piece_mask [N, P]; first [B, L], an index into the N * P pieces; mask [B, L]; tags [B, L] (0 on padding and where
+    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked.
+    """
+
+    pieces: Tensor
+    piece_mask: Tensor
+    first: Tensor
+    mask: Tensor
+    tags: Tensor
+    labelled: Tensor
+    teacher: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if v is not None})
+
+
+@dataclass
+class Encoded:
+    """Sentences as numbers, padded only when batched: one list entry a sentence."""
+
+    windows: list[list[list[int]]]  # piece numbers, special pieces included
+    firsts: list[list[tuple[int, int]]]  # per word: window, position in it
+    tags: list[list[int] | None]
+    pad: int
+    labels: list[str]
+    teacher: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def words(self) -> int:
+        """Words in all."""
+        return sum(map(len, self.firsts))
+
+    def content(self) -> list:
+        """What a digest needs to know these sentences."""
+        return [self.windows, self.tags, self.labels]
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        """The given sentences as one padded batch."""
+        windows = [w for r in rows for w in self.windows[r]]
+        width, length = max(map(len, windows)), max(len(self.firsts[r]) for r in rows)
+        pieces = torch.tensor([w + [self.pad] * (width - len(w)) for w in windows])
+        sizes = torch.tensor([len(w) for w in windows])
+        first, tags = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+        offset = 0
+        for i, r in enumerate(rows):
+            first[i, : len(self.firsts[r])] = torch.tensor([(offset + w) * width + p for w, p in self.firsts[r]])
+            tags[i, : len(self.tags[r] or ())] = torch.tensor(self.tags[r] or (), dtype=torch.long)
+            offset += len(self.windows[r])
+        return Batch(
+            pieces,
+            torch.arange(width) < sizes[:, None],
+            first,
+            torch.arange(length) < torch.tensor([len(self.firsts[r]) for r in rows])[:, None],
+            tags,
+            torch.tensor([self.tags[r] is not None for r in rows]),
+            self.teacher and torch.nn.utils.rnn.pad_sequence([self.teacher[r] for r in rows], batch_first=True),
+        )
+
+
+def encode(
+    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_pieces: int = 512
+) -> Encoded:
+    """Word pieces and label numbers of every sentence; ValueError for a tag that is not among `labels`.
+
+    A word the tokenizer finds nothing in (a lone control character) is read as the unknown piece; of a single word longer than a
+    whole window only the beginning is read, and the word is still predicted.
+    """
+    number = {label: k for k, label in enumerate(labels)}
+
+    before, after = _special_pieces(tokenizer)
+    room = max_pieces - len(before) - len(after)
+    windows, firsts, tags = [], [], []
+    for sentence in sentences:
+        pieces = _word_pieces(sentence.tokens, tokenizer)
+        cut, where = [[]], []
+        for word in pieces:
+            word = word[:room]
+            if len(cut[-1]) + len(word) > room:
+                cut.append([])
+            where.append((len(cut) - 1, len(before) + len(cut[-1])))
+            cut[-1].extend(word)
+        windows.append([before + c + after for c in cut])
+        firsts.append(where)
+        unknown = {t for t in sentence.tags if t not in number} if sentence.spans is not None else ()
+        if unknown:
+            raise ValueError(f"expected tags among {list(labels)}, got {sorted(unknown)}")
+        tags.append([number[t] for t in sentence.tags] if sentence.spans is not None else None)
+    return Encoded(windows, firsts, tags, tokenizer.pad_token_id, list(labels))
+
+
+def _special_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The pieces set before and after a text, [CLS] and [SEP] for BERT."""
+    probe = tokenizer("a")["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    at = next(i for i in range(len(probe)) if probe[i : i + len(inner)] == inner)
+    return probe[:at], probe[at + len(inner) :]
+
+
+def _word_pieces(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False, truncation=False, verbose=False)
+    pieces: list[list[int]] = [[] for _ in words]
+    for piece, word in zip(encoded["input_ids"], encoded.word_ids(), strict=True):
+        pieces[word].append(piece)
+    return [p or [tokenizer.unk_token_id] for p in pieces]
+
+
+def order(data: Encoded, size: int, seed: int) -> list[list[int]]:
+    """Rows in batches of `size` sentences: shuffled by `seed`, sentences of like length together, batches shuffled again."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(data), generator=generator).tolist()
+    pool = 50 * size
+    batches = []
+    for i in range(0, len(rows), pool):
+        alike = sorted(rows[i : i + pool], key=lambda r: len(data.firsts[r]))
+        batches += [alike[j : j + size] for j in range(0, len(alike), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def in_turn(data: Encoded, size: int = 64) -> Iterator[tuple[list[int], Batch]]:
+    """Every sentence once, long ones first, with its row numbers: for prediction."""
+    rows = sorted(range(len(data)), key=lambda r: -len(data.firsts[r]))
+    for i in range(0, len(rows), size):
+        yield rows[i : i + size], data.collate(rows[i : i + size])

@@ -1,0 +1,103 @@
+"""A cache keyed by content: the same inputs give the same key, anything else another, so nothing stale is ever read.
+
+Files appear whole or not at all (written aside, then renamed), and two processes never make the same entry at once (a lock).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from filelock import FileLock
+
+
+def folder() -> Path:
+    """`$KDLIB_CACHE`, or `kdlib` in the user's cache directory."""
+    return Path(os.environ.get("KDLIB_CACHE") or platformdirs.user_cache_dir("kdlib")).expanduser().absolute()
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 over values, nested containers (a dict is its sorted items), dataclasses, tensors and the weights of modules.
+
+    TypeError for anything whose content it cannot see: a silent guess would be a stale entry some day.
+    """
+    sha = hashlib.sha256()
+    for part in parts:
+        _feed(sha, part)
+    return sha.hexdigest()[:32]
+
+
+def _feed(sha: "hashlib._Hash", part: Any) -> None:
+    if part is None or isinstance(part, (str, int, float, bool)):
+        sha.update(f"{type(part).__name__}:{part!r};".encode())
+    elif isinstance(part, torch.Tensor):
+        part = part.detach().cpu().contiguous()
+        sha.update(f"tensor:{part.dtype}{list(part.shape)}".encode())
+        sha.update(part.view(-1).view(torch.uint8).numpy().tobytes() if part.numel() else b"")
+    elif isinstance(part, torch.nn.Module):
+        _feed(sha, (type(part).__name__, dict(part.state_dict())))
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        _feed(sha, [type(part).__name__, {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}])
+    elif isinstance(part, dict):
+        _feed(sha, sorted(part.items()))
+    elif isinstance(part, (list, tuple)):
+        sha.update(f"{len(part)}[".encode())
+        for item in part:
+            _feed(sha, item)
+        sha.update(b"]")
+    else:
+        raise TypeError(f"digest: expected plain values, tensors or modules, got {type(part).__name__}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; it takes the name `path` when the block ends well and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield aside / path.name
+        if (aside / path.name).is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside / path.name, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf8", newline="\n")
+
+
+def locked(path: Path) -> FileLock:
+    """One process at a time: `with locked(path): ...`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
+
+
+def tensors(kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors stored under `kind`/`key`, made and stored first if they are not there."""
+    path = folder() / kind / f"{key}.pt"
+    with locked(path):
+        if not path.exists():
+            made = make()
+            with replacing(path) as aside:
+                torch.save(made, aside)
+        return torch.load(path, weights_only=True)
+
+
+def record(kind: str, key: str, make: Callable[[], dict]) -> dict:
+    """The JSON record stored under `kind`/`key`, made and stored first if it is not there."""
+    path = folder() / kind / f"{key}.json"
+    with locked(path):
+        if not path.exists():
+            write_text(path, json.dumps(make(), indent=1))
+        return json.loads(path.read_text(encoding="utf8"))

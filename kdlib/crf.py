@@ -1,0 +1,337 @@
+"""The linear-chain CRF and everything a distillation asks of one: partition, marginals, Viterbi, k-best, KL.
+
+A tag sequence y of a sentence x has the score (Lafferty et al. 2001; eq. 1 of the MSD paper)
+
+    s(x, y) = start[y_1] + sum_i emissions[i, y_i] + sum_i transitions[y_(i-1), y_i] + end[y_n],   p(y | x) = exp(s) / Z.
+
+Two recursions give the same numbers. In log space: exact at any size, differentiable as often as wanted. In probability space with
+rescaling: one small matrix product a word, several times faster, used when no score is so large that a path could underflow.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+NEG_INF = float("-inf")
+
+
+class LinearChainCRF(nn.Module):
+    """p(y | x) over tag sequences; `transitions` [K, K] runs from -> to, `start` and `end` are [K].
+
+    `legal`, if given, is (start [K], transitions [K, K], end [K]) as booleans, see `labels.legal_iob2`: a path that breaks it has
+    probability 0, everywhere. Scores in, scores out: every method takes `emissions` [B, L, K] and a boolean `mask` [B, L], True
+    on words, padding on the right. ValueError for other shapes. `temperature` divides every score, emissions and CRF alike.
+    """
+
+    def __init__(self, num_labels: int, legal: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.empty(num_labels).uniform_(-0.1, 0.1))
+        self.transitions = nn.Parameter(torch.empty(num_labels, num_labels).uniform_(-0.1, 0.1))
+        self.end = nn.Parameter(torch.empty(num_labels).uniform_(-0.1, 0.1))
+        for name, allowed in zip(("start", "transitions", "end"), legal or (None, None, None), strict=True):
+            shape = getattr(self, name).shape
+            if allowed is None:
+                allowed = torch.ones(shape, dtype=torch.bool)
+            if allowed.shape != shape or allowed.dtype != torch.bool:
+                raise ValueError(f"legal {name}: expected bool {tuple(shape)}, got {allowed.dtype} {tuple(allowed.shape)}")
+            self.register_buffer(f"legal_{name}", allowed.clone(), persistent=False)
+
+    @property
+    def num_labels(self) -> int:
+        """K."""
+        return self.start.numel()
+
+    def log_partition(self, emissions: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+        """log Z = log sum_y exp(s(x, y) / temperature) [B]; twice differentiable."""
+        return _LogPartition.apply(*self._chain(emissions, mask, temperature))
+
+    def constrained_log_partition(self, emissions: Tensor, allowed: Tensor, mask: Tensor) -> Tensor:
+        """log sum of exp(s(x, y)) over the paths with y_i in the set `allowed[i]` [B, L, K] alone (Shang et al. 2018) [B].
+
+        -inf where no legal path is left. With every label allowed this is `log_partition`.
+        """
+        if allowed.shape != emissions.shape or allowed.dtype != torch.bool:
+            raise ValueError(f"allowed: expected bool {tuple(emissions.shape)}, got {allowed.dtype} {tuple(allowed.shape)}")
+        return self.log_partition(emissions.masked_fill(~allowed, NEG_INF), mask)
+
+    def score(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        """s(x, y) of the given paths (eq. 1) [B]; -inf for an illegal one. Tags [B, L]; padding may hold any number."""
+        chain, transitions, lengths = self._chain(emissions, mask)
+        if tags.shape != mask.shape:
+            raise ValueError(f"tags: expected shape {tuple(mask.shape)}, got {tuple(tags.shape)}")
+        tags = tags.masked_fill(~mask, 0)
+        if tags.numel() and not 0 <= int(tags.min()) <= int(tags.max()) < self.num_labels:
+            raise ValueError(f"tags: expected 0 to {self.num_labels - 1}, got {int(tags.min())} to {int(tags.max())}")
+        words = chain.gather(2, tags[..., None]).squeeze(2).masked_fill(~mask, 0).sum(1)
+        steps = transitions[tags[:, :-1], tags[:, 1:]].masked_fill(~mask[:, 1:], 0).sum(1)
+        return words + steps
+
+    def log_prob(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        """log p(y | x) = s(x, y) - log Z (eq. 3) [B]."""
+        return self.score(emissions, tags, mask) - self.log_partition(emissions, mask)
+
+    def marginals(self, emissions: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """p(y_i | x) [B, L, K] and p(y_i, y_(i+1) | x) [B, L-1, K, K] (eq. 8 and 11); zero on padding.
+
+        Differentiable; without gradients the fast recursion is used.
+        """
+        chain = self._chain(emissions, mask, temperature)
+        wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in chain[:2])
+        fast = None if wants_grad else _rescaled(*chain)
+        if fast is None:
+            return _log_space_marginals(*chain)
+        return fast.unary, fast.left[..., None] * fast.step * fast.right[..., None, :]
+
+    def log_marginals(self, emissions: Tensor, mask: Tensor) -> Tensor:
+        """log p(y_i | x) [B, L, K], exact where p itself would underflow; -inf for impossible labels; zero on padding."""
+        chain = self._chain(emissions, mask)
+        before, after = _log_messages(*chain)
+        return torch.log_softmax(chain[0] + before + after, -1).masked_fill(~mask[..., None], 0)
+
+    def viterbi(self, emissions: Tensor, mask: Tensor) -> Tensor:
+        """argmax_y s(x, y) [B, L]; 0 on padding."""
+        return _viterbi(*(x.detach() for x in self._chain(emissions, mask))).masked_fill(~mask, 0)
+
+    def k_best(self, emissions: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k highest-scoring legal paths [B, k, L], best first, and their scores s [B, k] (list Viterbi).
+
+        Fewer than k legal paths: the rest scores -inf and holds label 0; no path comes twice. Padding holds label 0.
+        """
+        if k < 1:
+            raise ValueError(f"k: expected at least 1, got {k}")
+        paths, scores = _k_best(*(x.detach() for x in self._chain(emissions, mask)), k)
+        return paths.masked_fill(~mask[:, None] | (scores == NEG_INF)[..., None], 0), scores
+
+    def expected_score(
+        self, emissions: Tensor, unary: Tensor, pairwise: Tensor, mask: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Expected s(x, y) / temperature [B] under a distribution given by its marginals, or by any expected counts."""
+        chain, transitions, _ = self._chain(emissions, mask, temperature)
+        return _weighted(unary, chain).sum((1, 2)) + _weighted(pairwise, transitions).sum((1, 2, 3))
+
+    def kl(
+        self,
+        other: "LinearChainCRF",
+        emissions: Tensor,
+        other_emissions: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """KL(p_self || p_other) over whole tag sequences [B], exact, both chains at the same temperature.
+
+        = E_self[s_self - s_other] - log Z_self + log Z_other (Wang et al. 2021). The expectation needs the pairwise marginals of
+        the *tempered* chain: tempering the marginals of the chain at temperature 1 afterwards gives another, inconsistent object.
+        """
+        unary, pairwise = self.marginals(emissions, mask, temperature)
+        own = self.expected_score(emissions, unary, pairwise, mask, temperature)
+        others = other.expected_score(other_emissions, unary, pairwise, mask, temperature)
+        log_z = self.log_partition(emissions, mask, temperature)
+        return own - others - log_z + other.log_partition(other_emissions, mask, temperature)
+
+    def _chain(self, emissions: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Emissions with start, end and padding folded in, transitions, lengths: all that the recursions need."""
+        lengths = _lengths(emissions, mask, self.num_labels)
+        start, transitions, end = (
+            getattr(self, name).masked_fill(~getattr(self, f"legal_{name}"), NEG_INF)
+            for name in ("start", "transitions", "end")
+        )
+        position = torch.arange(emissions.shape[1], device=emissions.device)
+        first, last = position == 0, position == (lengths - 1)[:, None]
+        chain = emissions.masked_fill(~mask[..., None], 0)
+        chain = torch.where(first[:, None], chain + start, chain)
+        chain = torch.where(last[..., None], chain + end, chain)
+        return chain / temperature, transitions / temperature, lengths
+
+
+def _lengths(emissions: Tensor, mask: Tensor, num_labels: int) -> Tensor:
+    """Words per sentence [B]; ValueError unless the shapes fit and the padding is on the right."""
+    if emissions.ndim != 3 or emissions.shape[2] != num_labels:
+        raise ValueError(f"emissions: expected shape [B, L, {num_labels}], got {list(emissions.shape)}")
+    if mask.shape != emissions.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool {list(emissions.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+    if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError("mask: expected every sentence to start with a word and to be padded on the right only")
+    return mask.sum(1)
+
+
+def _weighted(weight: Tensor, score: Tensor) -> Tensor:
+    """weight * score with 0 * -inf = 0: what cannot happen costs nothing; NaN-free gradients on both sides."""
+    return weight * torch.where((weight == 0) & (score == NEG_INF), 0, score)
+
+
+def _logsumexp(x: Tensor, dim: int) -> Tensor:
+    """log sum exp whose gradient is 0, where torch.logsumexp gives NaN, when every term is -inf."""
+    top = x.detach().amax(dim, keepdim=True)
+    top = top.masked_fill(top == NEG_INF, 0)
+    total = (x - top).exp().sum(dim)
+    empty = total == 0
+    return total.masked_fill(empty, 1).log().masked_fill(empty, NEG_INF) + top.squeeze(dim)
+
+
+def _reversal(chain: Tensor, lengths: Tensor) -> Tensor:
+    """Index [B, L, K] that reverses each sentence and leaves its padding on the right."""
+    position = torch.arange(chain.shape[1], device=chain.device)
+    flipped = lengths[:, None] - 1 - position
+    return torch.where(flipped < 0, position, flipped)[..., None].expand_as(chain)
+
+
+def _log_messages(chain: Tensor, transitions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """log-sum over all ways to reach each label from the left, and from the right, without its own emission: two [B, L, K].
+
+    The backward recursion is the forward one on the reversed sentence with transposed transitions, so both run in one loop.
+    """
+    reverse = _reversal(chain, lengths)
+    both = torch.stack([chain, chain.gather(1, reverse)])
+    steps = torch.stack([transitions, transitions.T])[:, None]
+    messages = [torch.zeros_like(both[:, :, 0])]
+    for i in range(chain.shape[1] - 1):
+        state = both[:, :, i] + messages[-1]
+        messages.append(_logsumexp(state[..., None] + steps, -2))
+    before, after = torch.stack(messages, 2)
+    return before, after.gather(1, reverse)
+
+
+def _log_space_marginals(chain: Tensor, transitions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Unary and pairwise marginals, differentiable, exact at any size of the scores."""
+    before, after = _log_messages(chain, transitions, lengths)
+    position = torch.arange(chain.shape[1], device=chain.device)
+    mask = position < lengths[:, None]
+    unary = torch.softmax(chain + before + after, -1).masked_fill(~mask[..., None], 0)
+    left, right = (chain + before)[:, :-1], (chain + after)[:, 1:]
+    joint = left[..., None] + transitions + right[..., None, :]
+    pairwise = torch.softmax(joint.flatten(2), -1).view_as(joint).masked_fill(~mask[:, 1:, None, None], 0)
+    return unary, pairwise
+
+
+def _log_space_partition(chain: Tensor, transitions: Tensor, lengths: Tensor) -> Tensor:
+    """log Z [B] from the forward messages; -inf where no path is legal."""
+    before, _ = _log_messages(chain, transitions, lengths)
+    rows = torch.arange(len(lengths), device=chain.device)
+    return _logsumexp((chain + before)[rows, lengths - 1], -1)
+
+
+def _may_underflow(chain: Tensor, transitions: Tensor) -> bool:
+    """Whether rescaled probabilities could lose a path that matters.
+
+    A label more than 87 nats (float32) below the best one is dropped. What a path through it can regain afterwards on a rival that
+    takes the best label and then joins it is at most two emissions and three transitions, also under IOB2 or IOBES legality; so
+    nothing is lost beyond a relative 2e-12 while their spread stays 27 nats inside. A label excluded within a sentence
+    (`constrained_log_partition`) can force longer detours: log space.
+    """
+    if bool((chain[:, 1:-1] == NEG_INF).any()):
+        return True
+    reach = chain.amax(2) - chain.masked_fill(chain == NEG_INF, float("inf")).amin(2)
+    finite = transitions.masked_select(transitions != NEG_INF)
+    spread = 2 * float(reach.max()) + 3 * (float(finite.max() - finite.min()) if finite.numel() else 0.0)
+    return not spread < -math.log(torch.finfo(chain.dtype).tiny) - 27
+
+
+class _Rescaled(NamedTuple):
+    """What the fast recursion finds; left[u] step[u, v] right[v] is a pairwise marginal, which nobody need hold to sum it."""
+
+    log_z: Tensor  # [B]
+    unary: Tensor  # [B, L, K]
+    left: Tensor  # [B, L-1, K]
+    step: Tensor  # [K, K]
+    right: Tensor  # [B, L-1, K]
+
+
+@torch.no_grad()
+def _rescaled(chain: Tensor, transitions: Tensor, lengths: Tensor) -> _Rescaled | None:
+    """The forward-backward algorithm on probabilities, both directions in one loop, each word rescaled to sum 1 (Rabiner 1989).
+
+    None where that could lose precision, or no path is legal: then log space answers.
+    """
+    if _may_underflow(chain, transitions):
+        return None
+    mask = torch.arange(chain.shape[1], device=chain.device) < lengths[:, None]
+    reverse = _reversal(chain, lengths)
+    top = chain.amax(2, keepdim=True)
+    weight = (chain - top).exp()
+    weights = torch.stack([weight, weight.gather(1, reverse)]).permute(2, 0, 1, 3).contiguous()  # [L, 2, B, K]
+    peak = transitions.max()
+    step = (transitions - peak).exp()
+    steps = torch.stack([step, step.T])
+    messages, states = torch.ones_like(weights), torch.empty_like(weights)
+    scales = weights.new_empty(*weights.shape[:3], 1)
+    words = zip(messages.unbind(), weights.unbind(), states.unbind(), scales.unbind(), strict=True)
+    for i, (message, own, state, scale) in enumerate(words):
+        if i:
+            torch.bmm(previous, steps, out=message)
+        torch.mul(message, own, out=state)
+        torch.sum(state, -1, keepdim=True, out=scale)
+        previous = state.div_(scale)
+    log_z = (scales[:, 0, :, 0].log().T + top.squeeze(2)).masked_fill(~mask, 0).sum(1) + peak * (lengths - 1)
+    if not bool(log_z.isfinite().all()):
+        return None
+    forward, before = states[:, 0].transpose(0, 1), messages[:, 0].transpose(0, 1)
+    after = messages[:, 1].transpose(0, 1).gather(1, reverse)
+    unary = forward * after
+    unary = (unary / unary.sum(2, keepdim=True)).masked_fill(~mask[..., None], 0)
+    right = (weight * after)[:, 1:].masked_fill(~mask[:, 1:, None], 0)
+    total = (before[:, 1:] * right).sum(2, keepdim=True).masked_fill(~mask[:, 1:, None], 1)
+    return _Rescaled(log_z, unary, forward[:, :-1].masked_fill(~mask[:, 1:, None], 0) / total, step, right)
+
+
+class _LogPartition(torch.autograd.Function):
+    """log Z, whose gradient is the marginals: computed here directly instead of by unrolling the recursion backwards."""
+
+    @staticmethod
+    def forward(ctx, chain: Tensor, transitions: Tensor, lengths: Tensor) -> Tensor:
+        ctx.save_for_backward(chain, transitions, lengths)
+        ctx.fast = _rescaled(chain, transitions, lengths)
+        if ctx.fast is None:
+            return _log_space_partition(chain, transitions, lengths)
+        return ctx.fast.log_z
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled() or ctx.fast is None:  # a gradient of this gradient is wanted, or the scores are too large
+            unary, pairwise = _log_space_marginals(*ctx.saved_tensors)
+            return unary * grad[:, None, None], (pairwise * grad[:, None, None, None]).sum((0, 1)), None
+        _, unary, left, step, right = ctx.fast
+        left = (left * grad[:, None, None]).flatten(0, 1)
+        return unary * grad[:, None, None], step * (left.T @ right.flatten(0, 1)), None
+
+
+@torch.no_grad()
+def _viterbi(chain: Tensor, transitions: Tensor, lengths: Tensor) -> Tensor:
+    """Best paths [B, L]. On padding each label points to itself, so that backtracking walks through."""
+    num_labels = transitions.shape[0]
+    live = torch.arange(chain.shape[1], device=chain.device)[:, None, None] < lengths[:, None]
+    itself = torch.arange(num_labels, device=chain.device)
+    into = transitions.T.contiguous()  # [to, from]: the maximum runs over the last, contiguous axis
+    score, pointers = chain[:, 0], []
+    for i in range(1, chain.shape[1]):
+        best, came_from = (score[:, None, :] + into).max(-1)
+        score = torch.where(live[i], best + chain[:, i], score)
+        pointers.append(torch.where(live[i], came_from, itself))
+    tag = score.argmax(-1, keepdim=True)
+    path = [tag]
+    for pointer in reversed(pointers):
+        path.append(pointer.gather(1, path[-1]))
+    return torch.cat(path[::-1], 1)
+
+
+@torch.no_grad()
+def _k_best(chain: Tensor, transitions: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """List Viterbi: per label the k best ways to reach it; a hypothesis is numbered label * k + rank."""
+    batch, length, num_labels = chain.shape
+    live = torch.arange(length, device=chain.device)[:, None, None, None] < lengths[:, None, None]
+    itself = torch.arange(num_labels * k, device=chain.device).view(num_labels, k)
+    into = transitions.T[:, :, None]  # [to, from, 1]
+    score = chain.new_full((batch, num_labels, k), NEG_INF)
+    score[:, :, 0] = chain[:, 0]
+    pointers = []
+    for i in range(1, length):
+        best, came_from = (score[:, None] + into).flatten(2).topk(k, -1)
+        score = torch.where(live[i], best + chain[:, i, :, None], score)
+        pointers.append(torch.where(live[i], came_from, itself))
+    scores, hypothesis = score.flatten(1).topk(k, -1)
+    path = [hypothesis // k]
+    for pointer in reversed(pointers):
+        hypothesis = pointer.flatten(1).gather(1, hypothesis)
+        path.append(hypothesis // k)
+    return torch.stack(path[::-1], 2), scores

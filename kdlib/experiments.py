@@ -1,0 +1,268 @@
+"""Methods x seeds -> the rows of a table, each trained once and remembered.
+
+The protocol that every notebook shares: a few sentences with labels, many more as plain text for transfer, a teacher, one student,
+one budget of updates, and methods that differ in nothing but their loss.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from kdlib import backbones, cache, labels, losses, metrics, teachers, train
+from kdlib.batches import Batch, Encoded
+from kdlib.data import Dataset, Sentence
+from kdlib.labels import Span
+from kdlib.models import Tagger
+from kdlib.train import Settings
+
+DISTILLATIONS: dict[str, Callable[..., Tensor]] = {
+    "top-k": losses.top_k,
+    "posterior": losses.posterior,
+    "structural": losses.structural,
+}
+METHODS = ("teacher", "student alone", *DISTILLATIONS)
+NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a run depends on besides its method and seed. Sizes are sentences; 0 takes all there are.
+
+    teacher_sees: 'labelled', the same gold labels as the student; or 'all', those of the transfer sentences too.
+    one_teacher: every seed learns from the teacher of seed 0, as in the papers; otherwise each from its own, so that the intervals
+    hold the teacher's luck too.
+    student: 'transformer' keeps every second layer of the encoder; 'bilstm' reads with the encoder's embeddings, reduced by PCA.
+    """
+
+    dataset: str = "demo"
+    encoder: str = "minilm"
+    labelled: int = 0
+    transfer: int = 0
+    dev: int = 0
+    test: int = 0
+    teacher_sees: str = "labelled"
+    one_teacher: bool = False
+    student: str = "transformer"
+    teacher_steps: int = 300
+    student_steps: int = 600
+    batch_size: int = 16
+    teacher_rate: float = 1e-4
+    student_rate: float = 3e-4
+    alpha: float = 0.5
+    temperature: float = 1.0
+    k: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("teacher_sees", self.teacher_sees, ("labelled", "all")),
+            ("student", self.student, ("transformer", "bilstm")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A data set as a protocol divides it; `transfer_gold` is seen by no one but a teacher that sees all."""
+
+    types: list[str]
+    labelled: list[Sentence]
+    transfer_gold: list[Sentence]
+    dev: list[Sentence]
+    test: list[Sentence]
+
+    @property
+    def transfer(self) -> list[Sentence]:
+        """The text for transfer, labels taken off."""
+        return [s.without_labels() for s in self.transfer_gold]
+
+
+def divide(dataset: Dataset, protocol: Protocol) -> Parts:
+    """The first `labelled` sentences of a fixed shuffle of train, the next `transfer` ones, and the first of dev and test."""
+    with_gold = [s for s in dataset.train if s.spans is not None]
+    text = [s for s in dataset.train if s.spans is None]
+    shuffled = [with_gold[i] for i in torch.randperm(len(with_gold), generator=torch.Generator().manual_seed(0)).tolist()]
+    cut = protocol.labelled or len(shuffled)
+    transfer = (shuffled[cut:] + text)[: protocol.transfer or None]
+    if cut > len(shuffled) or protocol.transfer > len(transfer):
+        raise ValueError(
+            f"{dataset.name}: expected at most {len(shuffled)} labelled and {len(shuffled[cut:] + text)} further sentences, "
+            f"got labelled={protocol.labelled}, transfer={protocol.transfer}"
+        )
+    dev, test = dataset.dev[: protocol.dev or None], dataset.test[: protocol.test or None]
+    return Parts(dataset.types, shuffled[:cut], transfer, dev, test)
+
+
+@dataclass
+class Run:
+    """One trained model's results."""
+
+    method: str
+    seed: int
+    predicted: list[list[Span]]  # on test
+    history: list[dict]
+    parameters: int
+    train_seconds: float
+
+    def counts(self, parts: Parts) -> np.ndarray:
+        """Right, predicted and gold entities per test sentence [n, 3]."""
+        return metrics.counts([s.spans for s in parts.test], self.predicted)
+
+
+def objective(method: str, teacher: Tagger | None, protocol: Protocol) -> train.Loss:
+    """The loss of a method: CRF NLL alone, or eq. 6, with the gold term over the labelled sentences of the batch."""
+    if teacher is None:
+        return lambda model, emissions, batch: losses.crf_nll(model.crf, emissions, batch.tags, batch.mask)
+    distil = DISTILLATIONS[method]
+    knob = {"k": protocol.k} if method == "top-k" else {"temperature": protocol.temperature}
+
+    def loss(model: Tagger, emissions: Tensor, batch: Batch) -> Tensor:
+        distilled = distil(model.crf, emissions, teacher.crf.to(emissions.device), batch.teacher, batch.mask, **knob)
+        own = batch.labelled
+        gold = emissions.sum() * 0
+        if own.any():
+            gold = losses.crf_nll(model.crf, emissions[own], batch.tags[own], batch.mask[own]) * own.float().mean()
+        return losses.mix(gold, distilled, protocol.alpha)
+
+    return loss
+
+
+def new_student(protocol: Protocol, tag_labels: Sequence[str], seed: int) -> Tagger:
+    """An untrained student; it starts from the pretrained encoder, never from the fine-tuned teacher, for every method alike."""
+    backbone = backbones.load(protocol.encoder)
+    torch.manual_seed(seed)
+    make = backbones.take_layers if protocol.student == "transformer" else backbones.lstm
+    return Tagger(make(backbone.encoder), backbone.tokenizer, tag_labels)
+
+
+def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger, Run]:
+    """The teacher of a protocol and seed, trained or read back."""
+    seed = 0 if protocol.one_teacher else seed
+    backbone = backbones.load(protocol.encoder)
+    torch.manual_seed(seed)
+    teacher = Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(parts.types))
+    gold = parts.labelled + (parts.transfer_gold if protocol.teacher_sees == "all" else [])
+    settings = Settings(protocol.teacher_steps, protocol.batch_size, protocol.teacher_rate, seed=seed)
+    run, weights = _trained(teacher, "teacher", teacher.encode(gold), objective("teacher", None, protocol), parts, settings, keep=True)
+    teacher.load_state_dict(weights)
+    return teacher.eval().requires_grad_(False), run
+
+
+def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
+    """Train the method with one seed, or read back what the same code made of the same data and settings before."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    if method == "teacher":
+        return trained_teacher(protocol, parts, seed)[1]
+    student = new_student(protocol, labels.iob2_labels(parts.types), seed)
+    rate = protocol.student_rate if protocol.student == "transformer" else 10 * protocol.student_rate
+    settings = Settings(protocol.student_steps, protocol.batch_size, rate, seed=seed)
+    if method == "student alone":
+        loss, seen, more = objective(method, None, protocol), student.encode(parts.labelled), None
+    else:
+        teacher, _ = trained_teacher(protocol, parts, seed)
+        loss = objective(method, teacher, protocol)
+        seen = teachers.with_teacher(student.encode(parts.labelled + parts.transfer), teacher)
+        more = [teacher.crf, {name: getattr(protocol, name) for name in ("alpha", "temperature", "k")}]
+    return _trained(student, method, seen, loss, parts, settings, more)[0]
+
+
+def _trained(
+    model: Tagger, method: str, seen: Encoded, loss: train.Loss, parts: Parts, settings: Settings, more=None, keep=False
+) -> tuple[Run, dict[str, Tensor] | None]:
+    """Fit and predict once per content of everything that matters; a killed run goes on where it was."""
+    dev, test = model.encode(parts.dev), model.encode(parts.test)
+    key = cache.digest(
+        NUMBERS, method, asdict(settings), model, seen.content(), seen.teacher, dev.content(), test.content(), more
+    )
+    checkpoint = cache.folder() / "checkpoints" / f"{key}.pt"
+
+    def fitted() -> dict:
+        history = train.fit(model, seen, loss, dev, [s.spans for s in parts.dev], settings, checkpoint)
+        made = {
+            "predicted": [[list(span) for span in spans] for spans in model.predict(test)],
+            "history": history,
+            "parameters": model.parameters_in_all,
+            "train_seconds": history[-1]["seconds"],
+        }
+        if keep:
+            cache.tensors("weights", key, lambda: {k: v.cpu() for k, v in model.state_dict().items()})
+        return made
+
+    record = cache.record("runs", key, fitted)
+    checkpoint.unlink(missing_ok=True)
+    record["predicted"] = [[Span(*span) for span in spans] for spans in record["predicted"]]
+    found = Run(method, settings.seed, **record)
+    return found, cache.tensors("weights", key, dict) if keep else None
+
+
+def runs(methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts: Parts, show: bool = True) -> list[Run]:
+    """Every method with every seed, one line printed for each; seeds outermost, so that a stopped study has whole rows."""
+    done = []
+    for seed in seeds:
+        for method in methods:
+            done.append(run(method, seed, protocol, parts))
+            if show:
+                scored = metrics.scores(parts.test, done[-1].predicted)
+                print(f"{method:14} seed {seed}: test F1 {scored['f1']:5.2f}  ({done[-1].train_seconds:.0f} s)", flush=True)
+    return done
+
+
+def table(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
+    """One row a run: method, seed, precision, recall, f1, parameters, train_seconds; scores in percent."""
+    rows = []
+    for r in results:
+        scored = metrics.scores(parts.test, r.predicted)
+        rows.append(
+            {"method": r.method, "seed": r.seed}
+            | {name: round(scored[name], 3) for name in ("precision", "recall", "f1")}
+            | {"parameters": r.parameters, "train_seconds": round(r.train_seconds, 1)}
+        )
+    return pd.DataFrame(rows)
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per method the mean over seeds, and the half-width of its 95 % interval, of f1; means of the other columns."""
+    out = []
+    for method, own in rows.groupby("method", sort=False):
+        mean, half = metrics.interval(own["f1"])
+        means = own[["precision", "recall", "parameters", "train_seconds"]].mean()
+        out.append({"method": method, "seeds": len(own), "f1": mean, "f1_half": half} | means.to_dict())
+    return pd.DataFrame(out).set_index("method")
+
+
+def compare(results: Sequence[Run], parts: Parts, baseline: str = "student alone") -> pd.DataFrame:
+    """F1 of each method minus the baseline's, seed by seed: how sure is it?
+
+    difference, low, high, p: paired bootstrap over test sentences, averaged over seeds. seeds_low, seeds_high: Student's t interval
+    of the differences per seed. The first asks whether other sentences would agree, the second whether other seeds would.
+    """
+    counted: dict[str, dict[int, np.ndarray]] = {}
+    for r in results:
+        counted.setdefault(r.method, {})[r.seed] = r.counts(parts)
+    rows = []
+    for method, own in counted.items():
+        seeds = [seed for seed in own if seed in counted[baseline]]
+        if method == baseline or not seeds:
+            continue
+        ours, theirs = (np.stack([c[seed] for seed in seeds]) for c in (own, counted[baseline]))
+        mean, half = metrics.interval(metrics.f1(ours) - metrics.f1(theirs))
+        tested = metrics.paired_bootstrap(ours, theirs)
+        rows.append({"method": method, "against": baseline} | tested | {"seeds_low": mean - half, "seeds_high": mean + half})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def mass_of_k_best(teacher: Tagger, sentences: Sequence[Sentence], sizes: Sequence[int]) -> pd.DataFrame:
+    """Probability that the teacher's k best sequences hold together: quantiles over sentences, one row a k of `sizes`."""
+    held = []
+    for emissions in teacher.emissions(teacher.encode(sentences)):
+        whole = torch.ones(1, len(emissions), dtype=torch.bool)
+        log_p = teacher.crf.k_best(emissions[None], whole, max(sizes))[1] - teacher.crf.log_partition(emissions[None], whole)
+        held.append([log_p[0, :k].exp().sum().item() for k in sizes])
+    table = pd.DataFrame(held, columns=list(sizes)).quantile([0.1, 0.25, 0.5, 0.75, 0.9]).T
+    return table.rename(columns=str).rename_axis("k").reset_index()

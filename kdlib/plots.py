@@ -1,0 +1,152 @@
+"""Figures and tables as files, and the few pictures that several notebooks draw.
+
+Teacher grey, student alone blue, distilled orange and its neighbours: a method has the same colour everywhere.
+"""
+
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kdlib import cache, metrics
+from kdlib.data import ROOT
+from kdlib.labels import Span
+
+COLOURS = {
+    "teacher": "#6b6b6b",
+    "student alone": "#1f77b4",
+    "top-k": "#e8a33d",
+    "posterior": "#d1495b",
+    "structural": "#e0641c",
+    "msd": "#8a4fbf",
+}
+
+
+def style() -> None:
+    """Use the study's look in every figure that follows."""
+    plt.style.use(Path(__file__).parent / "kd.mplstyle")
+
+
+def save(stem: Path, table: pd.DataFrame, caption: str, figure: Figure | None = None, seeds: int = 1) -> None:
+    """Write `stem`.csv and, with a figure, `stem`.svg, the same bytes for the same numbers, and enter them in the gallery."""
+    cache.write_text(stem.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n"))
+    if figure is not None:
+        with cache.replacing(stem.with_suffix(".svg")) as aside:
+            figure.savefig(aside, format="svg", metadata={"Date": None, "Creator": None})
+    index = stem.parent / "index.json"
+    with cache.locked(cache.folder() / "figures"):
+        entries = json.loads(index.read_text(encoding="utf8")) if index.exists() else {}
+        entries[stem.name] = {"caption": caption, "figure": figure is not None, "seeds": seeds, "machine": machine()}
+        cache.write_text(index, json.dumps(dict(sorted(entries.items())), indent=1, ensure_ascii=False) + "\n")
+
+
+def machine() -> str:
+    """What ran this: device and threads, for the gallery and the tables."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def gallery(figures: Path = ROOT / "figures") -> None:
+    """Write figures/README.md: every figure and table with its caption, data set, seeds, machine and notebook."""
+    lines = ["# Figures and tables", "", "Written by `python -m kdlib.study`; do not edit."]
+    for index in sorted(figures.glob("*/index.json")):
+        lines += ["", f"## {index.parent.name}"]
+        for stem, entry in json.loads(index.read_text(encoding="utf8")).items():
+            sources = sorted((ROOT / "notebooks").glob(f"{stem[:2]}_*.ipynb"))
+            drawn = f" · drawn by [{sources[0].stem}](../notebooks/{sources[0].name})" if sources else ""
+            lines += ["", f"**{stem}** · {entry['caption']}", ""]
+            lines += [f"![{stem}]({index.parent.name}/{stem}.svg)", ""] if entry["figure"] else []
+            lines += [f"[{stem}.csv]({index.parent.name}/{stem}.csv) · seeds: {entry['seeds']} · {entry['machine']}{drawn}"]
+    cache.write_text(figures / "README.md", "\n".join(lines) + "\n")
+
+
+def curves(axes: Axes, table: pd.DataFrame, x: str, y: str, by: str = "method") -> None:
+    """Mean of y over seeds against x with its 95 % band, one labelled line a method."""
+    ends = []
+    for name, rows in table.groupby(by, sort=False):
+        grouped = rows.groupby(x)[y]
+        at = np.array(sorted(rows[x].unique()))
+        mean, half = np.array([metrics.interval(grouped.get_group(v)) for v in at]).T
+        colour = COLOURS.get(name, "#333333")
+        axes.plot(at, mean, color=colour)
+        axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+        ends.append((mean[-1], name, colour))
+    _label_ends(axes, at[-1], ends)
+
+
+def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names at the lines' right ends, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap, last = (high - low) * 0.065, -np.inf
+    for value, name, colour in sorted(ends):
+        last = max(value, last + gap)
+        axes.annotate(name, (x, last), (6, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)
+
+
+def dots(axes: Axes, table: pd.DataFrame, value: str, order: Sequence[str]) -> None:
+    """One row a method: a dot a seed, the mean and its 95 % interval."""
+    for row, name in enumerate(reversed(order)):
+        values = table.loc[table["method"] == name, value].to_numpy()
+        mean, half = metrics.interval(values)
+        colour = COLOURS.get(name, "#333333")
+        axes.errorbar(mean, row, xerr=0 if np.isnan(half) else half, fmt="o", color=colour, capsize=3, markersize=7)
+        axes.plot(values, np.full(len(values), row - 0.22), "|", color=colour, markersize=8)
+        axes.annotate(f"{mean:.2f}", (mean, row), (0, 9), textcoords="offset points", ha="center", color=colour, fontsize=9)
+    axes.set_yticks(range(len(order)), list(reversed(order)))
+    axes.set_ylim(-0.6, len(order) - 0.4)
+
+
+def differences(axes: Axes, compared: pd.DataFrame) -> None:
+    """`experiments.compare` as a forest plot: capped bars over test sentences, thin lines over seeds, 0 in black."""
+    axes.axvline(0, color="black", linewidth=0.8)
+    for place, row in enumerate(compared[::-1].itertuples()):
+        colour = COLOURS.get(row.method, "#333333")
+        reach = [[row.difference - row.low], [row.high - row.difference]]
+        axes.errorbar(row.difference, place, xerr=reach, fmt="o", color=colour, capsize=3)
+        axes.plot([row.seeds_low, row.seeds_high], [place - 0.2] * 2, color=colour, alpha=0.5)
+    axes.set_yticks(range(len(compared)), compared["method"][::-1])
+    axes.set_ylim(-0.6, len(compared) - 0.4)
+
+
+def quantiles(axes: Axes, table: pd.DataFrame, x: str, colour: str) -> None:
+    """Median, middle half and middle 80 % of columns 0.1, 0.25, 0.5, 0.75, 0.9 against column x."""
+    axes.fill_between(table[x], table["0.1"], table["0.9"], color=colour, alpha=0.15, label="middle 80 %")
+    axes.fill_between(table[x], table["0.25"], table["0.75"], color=colour, alpha=0.3, label="middle half")
+    axes.plot(table[x], table["0.5"], "o-", color=colour, label="median")
+    axes.legend(loc="lower right")
+
+
+def heat(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, signed: bool = False) -> None:
+    """A small matrix of numbers within [-1, 1], written in the cells; `signed` centres the colours on 0."""
+    values, bound = np.asarray(values, dtype=float).round(2) + 0.0, 1.0  # + 0.0 turns -0.0 into 0.0
+    axes.imshow(values, cmap="RdBu_r" if signed else "Blues", vmin=-bound if signed else 0, vmax=bound, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title)
+    axes.grid(False)
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * bound else "black")
+
+
+def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping[str, str]) -> str:
+    """A sentence as HTML with its entities in colour; the text is escaped, so markup in it shows as text."""
+    out, at = [], 0
+    for span in sorted(spans):
+        out.append(escape(" ".join(tokens[at : span.start])))
+        text, colour = escape(" ".join(tokens[span.start : span.end])), colours.get(span.type, "#dddddd")
+        if not re.fullmatch(r"#[0-9a-fA-F]{3,8}|[a-z]+", colour):
+            raise ValueError(f"colour of {span.type}: expected a name or #rrggbb, got {colour!r}")
+        out.append(f'<mark style="background:{colour};padding:1px 4px;border-radius:3px">{text} <small>{escape(span.type)}</small></mark>')
+        at = span.end
+    out.append(escape(" ".join(tokens[at:])))
+    return " ".join(part for part in out if part)

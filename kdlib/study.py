@@ -1,0 +1,178 @@
+"""Run the notebooks in batch: `python -m kdlib.study [03 ...] [--profile quick|full] [--set name=value] [--force]`.
+
+Without a profile every notebook runs at its own defaults, on the demo corpus. A notebook that ran before with the same code, data and
+parameters is not run again. One that fails is reported with its cell and error, the others still run, and the exit code is 1.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill as pm
+import yaml
+from papermill.engines import NBClientEngine, papermill_engines
+from traitlets.config import Config
+
+from kdlib import cache, plots
+from kdlib.data import ROOT, locate
+
+BUILD = ROOT / "build"
+TRANSPORT = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})  # TCP ports clash now and then
+PROFILES = ("default", "quick", "full")
+
+
+class _Reporting(NBClientEngine):
+    """Papermill's own engine, which also says which cell it is in."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
+        began, total, start = time.perf_counter(), len(nb_man.nb.cells), nb_man.cell_start
+
+        def cell_start(cell: Any, cell_index: int | None = None, **more: Any) -> None:
+            start(cell, cell_index, **more)
+            _Reporting.at = (cell_index or 0) + 1
+            if sys.stdout.isatty():
+                _line(nb_man.nb.metadata["kdlib_name"], _Reporting.at, total, time.perf_counter() - began, end="\r")
+
+        nb_man.cell_start = cell_start
+        super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+
+papermill_engines.register("kdlib", _Reporting)
+
+
+def _line(name: str, at: int, total: int, seconds: float, end: str = "\n", result: str = "") -> None:
+    print(f"{name:42} cell {at:>2}/{total}  {seconds:6.0f} s  {result}", end=end, flush=True)
+
+
+def study() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """notebooks/study.yaml: notebook -> profile -> list of parameter sets."""
+    rows = yaml.safe_load((ROOT / "notebooks" / "study.yaml").read_text(encoding="utf8"))
+    return {
+        stem: {name: sets if isinstance(sets, list) else [sets or {}] for name, sets in profiles.items()} | {"default": [{}]}
+        for stem, profiles in rows.items()
+    }
+
+
+def declared(stem: str) -> dict[str, dict[str, Any]]:
+    """The parameters a notebook declares, with papermill's reading of their types, defaults and help."""
+    return pm.inspect_notebook(ROOT / "notebooks" / f"{stem}.ipynb")
+
+
+def check(stem: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, converted to the types the notebook declares; ValueError for an unknown one or one of another type."""
+    known = declared(stem)
+    unknown = sorted(parameters.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"{stem} declares no parameter {unknown}: expected some of {sorted(known)}")
+    return {name: _typed(stem, name, value, known[name]["inferred_type_name"]) for name, value in parameters.items()}
+
+
+def _typed(stem: str, name: str, value: Any, kind: str) -> Any:
+    """YAML reads 1e-5 as text, and a command line gives text alone: text is read as the declared type."""
+    wanted = {"int": int, "float": float, "str": str, "bool": bool}[kind]
+    try:
+        if isinstance(value, str) and wanted is bool:
+            return {"true": True, "false": False}[value.lower()]
+        made = wanted(value)
+        if isinstance(value, (bool, str)) is (wanted in (bool, str)) or isinstance(value, str):
+            if wanted is not int or float(value) == made:
+                return made
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{stem}: {name}: expected {kind}, got {value!r}")
+
+
+def key(stem: str, parameters: Mapping[str, Any]) -> str:
+    """A digest of all that a run depends on: the notebook, kdlib's files, the parameters, the data."""
+    used = {name: cell["default"] for name, cell in declared(stem).items()} | {k: repr(v) for k, v in parameters.items()}
+    files = [ROOT / "notebooks" / f"{stem}.ipynb", *sorted((ROOT / "kdlib").glob("*.*"))]
+    if "dataset" in used:
+        files += filter(None, locate(used["dataset"].strip("'\"")))
+    return cache.digest(used, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
+
+
+def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
+    """Execute one notebook into `out`; unknown parameters are errors. PapermillExecutionError names a failing cell."""
+    parameters = check(stem, parameters)
+    source = ROOT / "notebooks" / f"{stem}.ipynb"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    notebook = nbformat.read(source, 4)
+    notebook.metadata["kdlib_name"] = out.stem
+    with cache.replacing(out.with_suffix(".input.ipynb")) as aside:
+        nbformat.write(notebook, aside)
+    began, total = time.perf_counter(), len(notebook.cells)
+    try:
+        pm.execute_notebook(
+            out.with_suffix(".input.ipynb"), out, parameters,
+            engine_name="kdlib", kernel_name="python3", cwd=source.parent, progress_bar=False, config=TRANSPORT,
+        )  # fmt: skip
+    except BaseException:
+        _line(out.stem, _Reporting.at, total, time.perf_counter() - began, result="FAILED")
+        raise
+    finally:
+        out.with_suffix(".input.ipynb").unlink(missing_ok=True)
+    _line(out.stem, total, total, time.perf_counter() - began, result="done")
+    return out
+
+
+def run_all(stems: list[str], profile: str, extra: Mapping[str, Any], force: bool) -> list[str]:
+    """Run the named notebooks, or all; returns what failed, one line each."""
+    rows, failures = study(), []
+    for stem in stems:
+        for i, parameters in enumerate(rows[stem][profile]):
+            parameters = check(stem, parameters | dict(extra))
+            name = f"{stem}.{profile}" + (f".{i + 1}" if i else "")
+            out, stamp = BUILD / f"{name}.ipynb", BUILD / f"{name}.json"
+            content = key(stem, parameters)
+            if not force and stamp.exists() and json.loads(stamp.read_text(encoding="utf8")) == content:
+                print(f"{name:42} nothing has changed since it ran: skipped (--force runs it)", flush=True)
+                continue
+            try:
+                run(stem, parameters, out)
+                cache.write_text(stamp, json.dumps(content))
+            except pm.PapermillExecutionError as error:
+                failures.append(f"{name}: cell {error.cell_index}: {error.ename}: {error.evalue} (see {out})")
+            except Exception as error:  # a dead kernel, say: reported like a failing cell, and the others still run
+                failures.append(f"{name}: {type(error).__name__}: {error} (see {out})")
+    plots.gallery()
+    return failures
+
+
+def matching(asked: list[str], known: list[str]) -> list[str]:
+    """Notebooks by name or by the beginning of it ('03'); ValueError for one that is not there."""
+    if not asked:
+        return known
+    for a in asked:
+        if not any(stem.startswith(a) for stem in known):
+            raise ValueError(f"no notebook {a!r}: expected the beginning of one of {known}")
+    return [stem for stem in known if any(stem.startswith(a) for a in asked)]
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", help="names or beginnings of names, such as 03; all if none")
+    parser.add_argument("--profile", choices=PROFILES, default="default")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, for every notebook run")
+    parser.add_argument("--force", action="store_true", help="run again what has not changed")
+    args = parser.parse_args()
+    try:
+        extra = dict(pair.split("=", 1) for pair in args.set)
+        failures = run_all(matching(args.notebooks, list(study())), args.profile, extra, args.force)
+    except ValueError as error:
+        parser.error(str(error))
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

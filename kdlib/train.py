@@ -1,0 +1,132 @@
+"""One training loop for the teacher, the student alone and every distillation loss."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from kdlib import cache
+from kdlib.batches import Batch, Encoded, order
+from kdlib.labels import Span
+from kdlib.metrics import counts, f1
+from kdlib.models import Tagger
+
+Loss = Callable[[Tagger, Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Rates are AdamW's peaks: up over the first `warmup` share of the steps, then down to 0, both straight."""
+
+    steps: int = 600
+    batch_size: int = 16
+    encoder_rate: float = 1e-4
+    head_rate: float = 1e-3
+    crf_rate: float = 1e-2  # a CRF's few scores must move by whole units, an encoder's weights by thousandths
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    evaluations: int = 5
+    precision: str = "no"  # accelerate's mixed precision: no, bf16, fp16
+    seed: int = 0
+
+
+def fit(
+    model: Tagger,
+    data: Encoded,
+    loss: Loss,
+    dev: Encoded,
+    dev_gold: Sequence[Sequence[Span]],
+    settings: Settings,
+    checkpoint: Path | None = None,
+) -> list[dict[str, float]]:
+    """Train `model` in place and leave it as it was best on dev; returns the history, one row an evaluation.
+
+    `loss(model, emissions, batch)` is any scalar. Rows hold step, epoch, loss (mean since the last row), dev_f1 (percent) and
+    seconds of training so far, evaluations not counted. With `checkpoint`, a run that was killed goes on from its last evaluation and
+    ends with the same numbers. FloatingPointError, naming the step, when the loss is not finite. Under `accelerate launch` each
+    batch is shared out among the processes.
+    """
+    accelerator = Accelerator(mixed_precision=settings.precision)
+    torch.manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(_groups(model, settings), weight_decay=settings.weight_decay, fused=True)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    state = {"step": 0, "seconds": 0.0, "history": [], "best": None}
+    if checkpoint and checkpoint.exists():
+        state = _resume(checkpoint, model, optimizer)
+    evaluate_at = {round(settings.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
+    per_epoch = math.ceil(len(data) / settings.batch_size)
+    losses: list[float] = []
+    batches, shuffled = [], None
+    wrapped.train()
+    while state["step"] < settings.steps:
+        start = time.perf_counter()
+        epoch, position = divmod(state["step"], per_epoch)
+        if epoch != shuffled:
+            batches, shuffled = order(data, settings.batch_size, settings.seed + 1000 * epoch), epoch
+        rows = batches[position]
+        own = rows[accelerator.process_index :: accelerator.num_processes] or rows[:1]
+        batch = data.collate(own).to(accelerator.device)
+        _set_rate(optimizer, state["step"], settings)
+        value = loss(model, wrapped(batch), batch)
+        if not bool(value.isfinite()):
+            raise FloatingPointError(f"loss is {value.item()} at step {state['step']} (epoch {epoch}) of {settings}")
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+        state["step"] += 1
+        state["seconds"] += time.perf_counter() - start
+        if state["step"] in evaluate_at:
+            dev_f1 = float(f1(counts(dev_gold, model.predict(dev))))
+            row = {"step": state["step"], "epoch": state["step"] / per_epoch, "loss": sum(losses) / len(losses)}
+            state["history"].append(row | {"dev_f1": dev_f1, "seconds": state["seconds"]})
+            losses = []
+            if state["best"] is None or dev_f1 >= max(h["dev_f1"] for h in state["history"]):
+                state["best"] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            if checkpoint and accelerator.is_main_process:
+                _save(checkpoint, state, model, optimizer)
+    model.load_state_dict(state["best"])
+    model.eval()
+    return state["history"]
+
+
+def _groups(model: Tagger, settings: Settings) -> list[dict]:
+    """Three rates: encoder, output layer, CRF."""
+    parts = {"encoder": settings.encoder_rate, "output": settings.head_rate, "crf": settings.crf_rate}
+    return [
+        {"params": [p for p in getattr(model, name).parameters() if p.requires_grad], "lr": rate, "peak": rate}
+        for name, rate in parts.items()
+    ]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, step: int, settings: Settings) -> None:
+    warm = max(1, round(settings.warmup * settings.steps))
+    share = (step + 1) / warm if step < warm else (settings.steps - step) / max(1, settings.steps - warm)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def _save(checkpoint: Path, state: dict, model: Tagger, optimizer: torch.optim.Optimizer) -> None:
+    """All that the rest of the run depends on, random numbers included, in one file that is whole or absent."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    everything = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with cache.replacing(checkpoint) as aside:
+        torch.save(everything | {"random": torch.get_rng_state(), "random_devices": devices}, aside)
+
+
+def _resume(checkpoint: Path, model: Tagger, optimizer: torch.optim.Optimizer) -> dict:
+    stored = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    model.load_state_dict(stored.pop("model"))
+    optimizer.load_state_dict(stored.pop("optimizer"))
+    torch.set_rng_state(stored.pop("random"))
+    devices = stored.pop("random_devices")
+    if devices:
+        torch.cuda.set_rng_state_all(devices)
+    return stored

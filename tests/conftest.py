@@ -1,0 +1,62 @@
+"""What many tests need: a tiny real encoder in a folder, and sentences that a tiny model can learn."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test processes on two cores would spin against each other
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from kdlib import backbones
+from kdlib.data import Sentence
+from kdlib.labels import Span, iob2_labels
+from kdlib.models import Tagger
+
+torch.set_num_threads(2)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test reads what another one, or the user, has cached."""
+    monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A two-layer BERT with random weights and a letter-piece tokenizer, saved like any pretrained encoder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), "paris", "anna", ".", "in"]
+    tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    """The tiny encoder, loaded."""
+    return backbones.load(tiny_folder)
+
+
+def tagger(backbone, seed=0, encoder=None):
+    torch.manual_seed(seed)
+    return Tagger(encoder or backbone.encoder, backbone.tokenizer, iob2_labels(["LOC", "PER"]))
+
+
+SENTENCES = [
+    Sentence(("Anna", "lives", "in", "Paris", "."), (Span(0, 1, "PER"), Span(3, 4, "LOC"))),
+    Sentence(("paris",), (Span(0, 1, "LOC"),)),
+    Sentence(("Anna", "Anna", "is", "in", "a", "big", "old", "paris", "."), (Span(0, 2, "PER"), Span(7, 8, "LOC"))),
+    Sentence(("nobody", "is", "in"), ()),
+] * 4

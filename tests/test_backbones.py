@@ -1,0 +1,91 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdlib import backbones
+
+
+def test_minilm_is_the_published_model():
+    backbone = backbones.load("minilm")
+    config = backbone.encoder.model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (6, 384, 12)
+    assert 22.4e6 < sum(p.numel() for p in backbone.encoder.parameters()) < 22.8e6
+    assert backbone.tokenizer.tokenize("Distillation") == ["distillation"] or backbone.tokenizer.do_lower_case
+
+
+def test_minilm_with_other_bytes_is_refused(monkeypatch):
+    backbones._minilm.cache_clear()
+    monkeypatch.setattr(backbones, "MINILM_SHA256", "0" * 64)
+    with pytest.raises(OSError, match="expected SHA-256 0000.*got 53aa51172d14"):
+        backbones.load("minilm")
+    backbones._minilm.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["no-such/model", "./nowhere", "bert-base-uncased"])
+def test_what_cannot_be_loaded_names_the_alternatives(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="minilm"):
+        backbones.load(name)
+
+
+def test_a_pickle_is_never_read(tiny_folder, tmp_path):
+    for file in Path(tiny_folder).iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        backbones.load(str(tmp_path))
+
+
+def test_a_repositorys_code_is_never_run(tiny_folder, tmp_path):
+    for file in Path(tiny_folder).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "evil", "auto_map": {"AutoModel": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(OSError, match="cannot load the encoder"):
+        backbones.load(str(tmp_path))
+
+
+def test_students_take_every_second_layer_with_its_weights(tiny):
+    student = backbones.take_layers(tiny.encoder)
+    assert student.model.config.num_hidden_layers == 2
+    for own, i in zip(student.model.encoder.layer, (1, 3), strict=True):
+        for a, b in zip(own.parameters(), tiny.encoder.model.encoder.layer[i].parameters(), strict=True):
+            assert a.equal(b) and a is not b
+    assert student.model.embeddings.word_embeddings.weight.equal(tiny.encoder.model.embeddings.word_embeddings.weight)
+    everything = backbones.take_layers(tiny.encoder, [0, 1, 2, 3]).eval()
+    pieces, mask = torch.tensor([[2, 5, 6, 3]]), torch.ones(1, 4, dtype=torch.bool)
+    torch.testing.assert_close(everything(pieces, mask), tiny.encoder.eval()(pieces, mask))
+    with pytest.raises(ValueError, match="keep: expected layers among 0 to 3"):
+        backbones.take_layers(tiny.encoder, [4])
+
+
+def test_lstm_students_start_from_the_teachers_table(tiny):
+    table = tiny.encoder.model.get_input_embeddings().weight
+    student = backbones.lstm(tiny.encoder, embedding=8, hidden=6)
+    centred = table - table.mean(0)
+    kept = student.embedding.weight.detach()
+    distances = torch.pdist(kept), torch.pdist(backbones.reduce_by_pca(table.detach(), 16))
+    assert torch.corrcoef(torch.stack(distances))[0, 1] > 0.8
+    full = backbones.reduce_by_pca(table.detach(), 16)
+    ratio = torch.pdist(full) / torch.pdist(centred.detach())
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))  # all directions kept: a rotation and one scale
+    assert not backbones.lstm(tiny.encoder, 8, 6, from_teacher=False).embedding.weight.equal(student.embedding.weight)
+    with pytest.raises(ValueError, match="width: expected 1 to 16"):
+        backbones.lstm(tiny.encoder, embedding=17)
+
+
+def test_the_lstm_does_not_see_padding(tiny):
+    student = backbones.lstm(tiny.encoder, 8, 6).eval()
+    pieces, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
+    padded = torch.cat([pieces, torch.tensor([[9, 9]])], 1), torch.cat([mask, torch.zeros(1, 2, dtype=torch.bool)], 1)
+    torch.testing.assert_close(student(*padded)[:, :3], student(pieces, mask))
+
+
+def test_small_transformers_from_scratch():
+    small = backbones.from_scratch(100, width=32, layers=1, heads=2, feed_forward=64)
+    assert small(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)).shape == (1, 2, 32)

@@ -1,0 +1,131 @@
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import SENTENCES
+
+from kdlib import backbones, cache, experiments, labels, losses, train
+from kdlib.data import Dataset
+from kdlib.experiments import METHODS, Protocol
+
+CORPUS = Dataset("tiny", list(SENTENCES), list(SENTENCES[:8]), list(SENTENCES[:8]))
+
+
+@pytest.fixture
+def protocol(tiny_folder, monkeypatch):
+    monkeypatch.setattr(backbones, "lstm", functools.partial(backbones.lstm, embedding=8, hidden=6))  # the table is 16 wide
+    return Protocol("tiny", tiny_folder, labelled=6, transfer=8, teacher_steps=5, student_steps=5, batch_size=4)
+
+
+@pytest.fixture
+def parts(protocol):
+    return experiments.divide(CORPUS, protocol)
+
+
+def test_the_parts_do_not_overlap_and_transfer_has_no_labels(protocol, parts):
+    assert len(parts.labelled) == 6 and len(parts.transfer) == 8
+    assert all(s.spans is None for s in parts.transfer) and all(s.spans is not None for s in parts.labelled)
+    ids = [id(s) for s in parts.labelled + parts.transfer_gold]
+    assert len(set(ids)) == len(ids) or len(ids) == 14
+    assert experiments.divide(CORPUS, protocol) == parts
+    for wrong in ({"labelled": 17}, {"transfer": 11}):
+        with pytest.raises(ValueError, match="expected at most 16 labelled"):
+            experiments.divide(CORPUS, replace(protocol, **wrong))
+
+
+def test_unknown_choices_are_refused(protocol, parts):
+    with pytest.raises(ValueError, match="teacher_sees: expected one of"):
+        replace(protocol, teacher_sees="everything")
+    with pytest.raises(ValueError, match="student: expected one of"):
+        replace(protocol, student="gru")
+    with pytest.raises(ValueError, match="method: expected one of"):
+        experiments.run("magic", 0, protocol, parts)
+
+
+# What NUMBERS = 1 means: the first loss and the last of a few steps. If a change to kdlib moves these, raise NUMBERS and renew them,
+# for then every committed table was made by other code.
+GOLDEN = {
+    "transformer": {
+        "teacher": [15.712, 13.6331],
+        "student alone": [10.6864, 9.3111],
+        "top-k": [9.2599, 4.3635],
+        "posterior": [3.533, 1.4316],
+        "structural": [3.387, 1.3559],
+    },
+    "bilstm": {
+        "teacher": [15.712, 13.6331],
+        "student alone": [11.171, 10.4349],
+        "top-k": [8.7125, 3.7633],
+        "posterior": [3.0897, 1.3402],
+        "structural": [3.0365, 1.3296],
+    },
+}
+
+
+@pytest.mark.parametrize("student", GOLDEN)
+def test_numbers_are_those_of_this_version(protocol, parts, student):
+    assert experiments.NUMBERS == 1
+    protocol = replace(protocol, student=student)
+    found = {m: [round(r["loss"], 4) for r in experiments.run(m, 0, protocol, parts).history[::4]] for m in METHODS}
+    for method, expected in GOLDEN[student].items():
+        assert found[method] == pytest.approx(expected, rel=2e-3), (method, found)
+    assert found.keys() == GOLDEN[student].keys()
+
+
+def test_a_run_is_remembered_and_a_change_is_another_run(protocol, parts, monkeypatch):
+    first = experiments.run("posterior", 0, protocol, parts)
+    fits = []
+    fit = train.fit
+    monkeypatch.setattr(train, "fit", lambda *a, **k: fits.append(1) or fit(*a, **k))
+    assert experiments.run("posterior", 0, protocol, parts) == first and not fits
+    for other in (replace(protocol, alpha=0.2), replace(protocol, temperature=2.0), replace(protocol, student_rate=1e-5)):
+        experiments.run("posterior", 0, other, parts)
+    experiments.run("posterior", 1, replace(protocol, one_teacher=True), parts)
+    assert len(fits) == 4
+    monkeypatch.setattr(experiments, "NUMBERS", 2)
+    experiments.run("student alone", 0, protocol, parts)
+    assert len(fits) == 5
+    assert not list((cache.folder() / "checkpoints").glob("*.pt"))
+
+
+def test_one_teacher_serves_every_seed(protocol, parts):
+    shared = replace(protocol, one_teacher=True)
+    weights = [experiments.trained_teacher(shared, parts, seed)[0].output.weight for seed in (0, 1)]
+    assert weights[0].equal(weights[1])
+    assert not experiments.trained_teacher(protocol, parts, 1)[0].output.weight.equal(weights[0])
+
+
+def test_transfer_sentences_add_no_gold_term(protocol, parts):
+    """Eq. 6 on a batch without labels is (1 - alpha) times the distillation loss; with alpha = 0, gold labels do not matter."""
+    teacher, _ = experiments.trained_teacher(protocol, parts, 0)
+    student = experiments.new_student(protocol, labels.iob2_labels(parts.types), 0).eval()
+    seen = experiments.teachers.with_teacher(student.encode(parts.labelled + parts.transfer), teacher)
+    batch = seen.collate([0, 7, 8])
+    assert batch.labelled.tolist() == [True, False, False]
+    emissions = student(batch)
+    distilled = losses.posterior(student.crf, emissions, teacher.crf, batch.teacher, batch.mask)
+    gold = losses.crf_nll(student.crf, emissions[:1], batch.tags[:1], batch.mask[:1]) / 3
+    for alpha in (0.0, 0.3):
+        found = experiments.objective("posterior", teacher, replace(protocol, alpha=alpha))(student, emissions, batch)
+        torch.testing.assert_close(found, alpha * gold + (1 - alpha) * distilled)
+    text = seen.collate([7, 8])
+    only = experiments.objective("posterior", teacher, protocol)(student, student(text), text)
+    expected = losses.posterior(student.crf, student(text), teacher.crf, text.teacher, text.mask) / 2
+    torch.testing.assert_close(only, expected)
+
+
+def test_tables(protocol, parts, capsys):
+    results = experiments.runs(["teacher", "student alone", "top-k"], [0, 1], protocol, parts)
+    assert capsys.readouterr().out.count("test F1") == 6
+    rows = experiments.table(results, parts)
+    assert list(rows) == ["method", "seed", "precision", "recall", "f1", "parameters", "train_seconds"] and len(rows) == 6
+    summary = experiments.summary(rows)
+    assert summary.loc["top-k", "f1"] == pytest.approx(rows[rows["method"] == "top-k"]["f1"].mean())
+    compared = experiments.compare(results, parts)
+    assert list(compared["method"]) == ["teacher", "top-k"]
+    expected = summary.loc["top-k", "f1"] - summary.loc["student alone", "f1"]
+    assert compared.set_index("method").loc["top-k", "difference"] == pytest.approx(expected, abs=1e-2)
+    mass = experiments.mass_of_k_best(experiments.trained_teacher(protocol, parts, 0)[0], parts.test, [1, 3, 200])
+    assert list(mass["k"]) == [1, 3, 200]
+    assert (mass[mass.columns[1:]].diff().dropna() >= -1e-6).all().all() and mass.iloc[-1, 1:].max() <= 1 + 1e-5
