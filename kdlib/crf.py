@@ -134,8 +134,7 @@ class LinearChainCRF(nn.Module):
         """Emissions with start, end and padding folded in, transitions, lengths: all that the recursions need."""
         lengths = _lengths(emissions, mask, self.num_labels)
         start, transitions, end = (
-            getattr(self, name).masked_fill(~getattr(self, f"legal_{name}"), NEG_INF)
-            for name in ("start", "transitions", "end")
+            getattr(self, name).masked_fill(~getattr(self, f"legal_{name}"), NEG_INF) for name in ("start", "transitions", "end")
         )
         position = torch.arange(emissions.shape[1], device=emissions.device)
         first, last = position == 0, position == (lengths - 1)[:, None]

@@ -1,54 +1,16 @@
-"""Sentences, the files they come from, and the data sets known by name.
+"""Data sets by name, found in a folder or on the hub; the files themselves are read by `readers`."""
 
-Four file formats, told apart by the name's ending:
-
-    .jsonl             one {"tokens": [...], "ner_tags": ["O", "B-PER", ...]} a line; without ner_tags: text without labels
-    .json              a list of {"tokenized_text": [...], "ner": [[first, last, type], ...]} (GLiNER; last word inclusive)
-                       or of {"text": "...", "entities": [[start, end, type], ...]} (characters, end exclusive)
-    anything else      CoNLL columns, spaces or tabs: word first, tag last, a blank line after each sentence
-
-A bad file raises one DataError that says where, what was expected and what was there; nothing is half-read.
-"""
-
-import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdlib.labels import Span, split_tag, to_iob2, to_spans
+from kdlib.labels import to_spans
+from kdlib.readers import DataError, Sentence, read, write_json_lines
 
-WORD = re.compile(r"\w+(?:[-_]\w+)*|[^\w\s]")
+__all__ = ["DataError", "Dataset", "Sentence", "load", "locate", "read", "write_json_lines"]
 SPLITS = ("train", "dev", "test")
 ROOT = Path(__file__).resolve().parents[1]
-
-
-class DataError(ValueError):
-    """A file that is not what it should be: where, expected, got."""
-
-    def __init__(self, path: Path, line: int | None, expected: str, got: object) -> None:
-        where = f"{path}:{line}" if line else str(path)
-        super().__init__(f"{where}: expected {expected}, got {str(got)[:120]!r}")
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """Words and the entities among them; `spans` is None where nobody has labelled the sentence."""
-
-    tokens: tuple[str, ...]
-    spans: tuple[Span, ...] | None = None
-
-    @property
-    def tags(self) -> list[str]:
-        """IOB2 tags; ValueError without labels."""
-        if self.spans is None:
-            raise ValueError(f"expected a labelled sentence, got one without labels: {' '.join(self.tokens)[:60]!r}")
-        return to_iob2(self.spans, len(self.tokens))
-
-    def without_labels(self) -> "Sentence":
-        """The same words as text for transfer."""
-        return Sentence(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -66,166 +28,6 @@ class Dataset:
         return sorted({span.type for part in (self.train, self.dev, self.test) for s in part for span in s.spans or ()})
 
 
-def read(path: str | Path, types: Sequence[str] | None = None, clean: Callable[[str], str] = str) -> list[Sentence]:
-    """The sentences of a file, its format told by its name; with `types`, any other entity type is an error.
-
-    `clean` is applied to each word of a CoNLL file (some sets number or prefix their words). DataError for a bad file.
-    """
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        sentences = _read_json_lines(path)
-    elif path.suffix == ".json":
-        sentences = _read_json(path)
-    else:
-        sentences = _read_conll(path, clean)
-    found = []
-    for line, sentence in sentences:
-        for span in sentence.spans or ():
-            if types is not None and span.type not in types:
-                raise DataError(path, line, f"an entity type among {sorted(types)}", span.type)
-        found.append(sentence)
-    if not found:
-        raise DataError(path, None, "at least one sentence", "an empty file")
-    return found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines. Only newlines end a line: words may hold any other white space Unicode knows."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(path, None, "a readable file", error.strerror) from error
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            yield number, raw.decode("utf8").rstrip("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(path, number, "UTF-8", raw[error.start : error.start + 8]) from None
-
-
-def _read_conll(path: Path, clean: Callable[[str], str]) -> Iterator[tuple[int, Sentence]]:
-    words, tags, columns, start = [], [], None, 0
-    for number, line in (*_lines(path), (0, "")):
-        fields = re.split("\t" if "\t" in line else " +", line.strip(" "))
-        if not line.strip(" \t") or fields[0] == "-DOCSTART-":
-            if words:
-                yield start, Sentence(tuple(words), to_spans(tags))
-            words, tags = [], []
-            continue
-        columns = columns or len(fields)
-        if len(fields) != columns or columns < 2:
-            raise DataError(path, number, f"{max(columns, 2)} columns, word first and tag last", line)
-        start = start if words else number
-        words.append(clean(fields[0]))
-        tags.append(fields[-1].strip())
-        if not words[-1]:
-            raise DataError(path, number, "a word in the first column", line)
-        try:
-            split_tag(tags[-1])
-        except ValueError:
-            raise DataError(path, number, "a tag such as O, B-PER, I-PER, S-PER or E-PER", tags[-1]) from None
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Sentence]]:
-    for number, line in _lines(path):
-        if line.strip():
-            yield number, _sentence(path, number, _parse(path, number, line))
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Sentence]]:
-    text = "\n".join(line for _, line in _lines(path))
-    records = _parse(path, None, text) if text.strip() else []
-    if not isinstance(records, list):
-        raise DataError(path, None, "a JSON list of sentences", type(records).__name__)
-    for position, item in enumerate(records, 1):
-        yield position, _sentence(path, position, item)
-
-
-def _parse(path: Path, line: int | None, text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(path, line or error.lineno, f"JSON ({error.msg})", text[error.pos : error.pos + 40]) from None
-
-
-def _sentence(path: Path, line: int, item: object) -> Sentence:
-    """One sentence of a JSON file; in a list, `line` is the sentence's position."""
-    shapes = {"tokens": _from_tags, "tokenized_text": _from_word_spans, "text": _from_character_spans}
-    make = next((make for key, make in shapes.items() if isinstance(item, dict) and key in item), None)
-    if make is None:
-        raise DataError(path, line, "an object with tokens, tokenized_text or text", json.dumps(item))
-    try:
-        return make(item)
-    except ValueError as error:
-        expected, _, got = str(error).removeprefix("expected ").partition(", got ")
-        raise DataError(path, line, expected, got) from None
-
-
-def _words(tokens: object) -> tuple[str, ...]:
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) and t.strip() for t in tokens):
-        raise ValueError(f"expected a list of words that are not empty, got {json.dumps(tokens)}")
-    return tuple(tokens)
-
-
-def _triples(spans: object) -> list[tuple[int, int, str]]:
-    def fits(s: object) -> bool:
-        return isinstance(s, list) and len(s) == 3 and type(s[0]) is type(s[1]) is int and isinstance(s[2], str) and bool(s[2])
-
-    if not isinstance(spans, list) or not all(map(fits, spans)):
-        raise ValueError(f"expected entities as [number, number, type], got {json.dumps(spans)}")
-    return [tuple(s) for s in spans]
-
-
-def _from_tags(item: dict) -> Sentence:
-    tokens, tags = _words(item["tokens"]), item.get("ner_tags")
-    if tags is None:
-        return Sentence(tokens)
-    if not isinstance(tags, list) or not all(isinstance(t, str) for t in tags):
-        raise ValueError(f"expected ner_tags as a list of tags in letters, got {json.dumps(tags)}")
-    if len(tags) != len(tokens):
-        raise ValueError(f"expected {len(tokens)} ner_tags, one a word, got {len(tags)}")
-    return Sentence(tokens, to_spans(tags))
-
-
-def _from_word_spans(item: dict) -> Sentence:
-    tokens = _words(item["tokenized_text"])
-    if item.get("ner") is None:
-        return Sentence(tokens)
-    spans = tuple(Span(first, last + 1, kind) for first, last, kind in sorted(_triples(item["ner"])))
-    for span in spans:
-        to_iob2([span], len(tokens))  # within the sentence; spans may overlap here, and then have no tags
-    return Sentence(tokens, spans)
-
-
-def _from_character_spans(item: dict) -> Sentence:
-    text = item["text"]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"expected a text that is not empty, got {json.dumps(text)}")
-    found = list(WORD.finditer(text))
-    tokens = tuple(m.group() for m in found)
-    if item.get("entities") is None:
-        return Sentence(tokens)
-    begins, ends = {m.start(): i for i, m in enumerate(found)}, {m.end(): i + 1 for i, m in enumerate(found)}
-    spans = []
-    for start, end, kind in sorted(_triples(item["entities"])):
-        if not 0 <= start < end <= len(text):
-            raise ValueError(f"expected a span within the {len(text)} characters, got [{start}, {end})")
-        if start not in begins or end not in ends:
-            raise ValueError(f"expected a span that starts and ends with a word, got {text[start:end]!r} at [{start}, {end})")
-        spans.append(Span(begins[start], ends[end], kind))
-    return Sentence(tokens, tuple(spans))
-
-
-def write_json_lines(path: Path, sentences: Iterable[Sentence]) -> None:
-    """Sentences as JSON lines, one a line, labels as IOB2; read back by `read`."""
-    from kdlib.cache import write_text
-
-    def line(s: Sentence) -> str:
-        item = {"tokens": list(s.tokens)} | ({} if s.spans is None else {"ner_tags": s.tags})
-        return json.dumps(item, ensure_ascii=False)
-
-    write_text(Path(path), "".join(line(s) + "\n" for s in sentences))
-
-
 @dataclass(frozen=True)
 class _Source:
     """Where a named data set lies: files under $KDLIB_DATA/<name>, or (repository, configuration) on the hub."""
@@ -239,9 +41,7 @@ SOURCES = {
     "conll2003": _Source(("train.txt", "valid.txt", "test.txt"), ("lhoestq/conll2003", None)),
     "conll2000": _Source(("train.txt", None, "test.txt"), ("eriktks/conll2000", None)),
     "wikiann_en": _Source(("train", "dev", "test"), ("unimelb-nlp/wikiann", "en"), lambda w: w.removeprefix("en:")),
-    "wnut17": _Source(
-        ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"), ("leondz/wnut_17", None)
-    ),
+    "wnut17": _Source(("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"), ("leondz/wnut_17", None)),
     "ncbi_disease": _Source(("train.tsv", "devel.tsv", "test.tsv"), ("ncbi/ncbi_disease", None)),
     "weibo": _Source(
         ("weiboNER_2nd_conll.train", "weiboNER_2nd_conll.dev", "weiboNER_2nd_conll.test"),

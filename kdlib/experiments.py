@@ -147,7 +147,9 @@ def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger
     teacher = Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(parts.types))
     gold = parts.labelled + (parts.transfer_gold if protocol.teacher_sees == "all" else [])
     settings = Settings(protocol.teacher_steps, protocol.batch_size, protocol.teacher_rate, seed=seed)
-    run, weights = _trained(teacher, "teacher", teacher.encode(gold), objective("teacher", None, protocol), parts, settings, keep=True)
+    run, weights = _trained(
+        teacher, "teacher", teacher.encode(gold), objective("teacher", None, protocol), parts, settings, keep=True
+    )
     teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False), run
 

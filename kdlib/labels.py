@@ -90,5 +90,7 @@ def legal_iob2(labels: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """(start [K], transitions [K, K], end [K]) as booleans: I-X comes only after B-X or I-X; a sentence may end anywhere."""
     parts = [split_tag(label) for label in labels]
     start = torch.tensor([prefix != "I" for prefix, _ in parts])
-    steps = [[prefix != "I" or (before != "O" and kind == kind_before) for prefix, kind in parts] for before, kind_before in parts]
+    steps = [
+        [prefix != "I" or (before != "O" and kind == kind_before) for prefix, kind in parts] for before, kind_before in parts
+    ]
     return start, torch.tensor(steps), torch.ones(len(parts), dtype=torch.bool)

@@ -135,7 +135,9 @@ def heat(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[
     axes.set_title(title)
     axes.grid(False)
     for (i, j), value in np.ndenumerate(values):
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * bound else "black")
+        axes.text(
+            j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if abs(value) > 0.6 * bound else "black"
+        )
 
 
 def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping[str, str]) -> str:
@@ -146,7 +148,9 @@ def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping
         text, colour = escape(" ".join(tokens[span.start : span.end])), colours.get(span.type, "#dddddd")
         if not re.fullmatch(r"#[0-9a-fA-F]{3,8}|[a-z]+", colour):
             raise ValueError(f"colour of {span.type}: expected a name or #rrggbb, got {colour!r}")
-        out.append(f'<mark style="background:{colour};padding:1px 4px;border-radius:3px">{text} <small>{escape(span.type)}</small></mark>')
+        out.append(
+            f'<mark style="background:{colour};padding:1px 4px;border-radius:3px">{text} <small>{escape(span.type)}</small></mark>'
+        )
         at = span.end
     out.append(escape(" ".join(tokens[at:])))
     return " ".join(part for part in out if part)

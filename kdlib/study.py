@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import papermill as pm
 import yaml
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
-from kdlib import cache, plots
+from kdlib import cache, experiments, plots
 from kdlib.data import ROOT, locate
 
 BUILD = ROOT / "build"
@@ -143,7 +145,29 @@ def run_all(stems: list[str], profile: str, extra: Mapping[str, Any], force: boo
             except Exception as error:  # a dead kernel, say: reported like a failing cell, and the others still run
                 failures.append(f"{name}: {type(error).__name__}: {error} (see {out})")
     plots.gallery()
+    update_readme(ROOT / "README.md")
     return failures
+
+
+def readme_table(csv: Path) -> str:
+    """A table of runs as the README shows it: one row a method, mean over seeds and half-width of the 95 % interval."""
+    rows = experiments.summary(pd.read_csv(csv))
+    lines = ["| method | test F1 | precision | recall | parameters | training |", "|---|---|---|---|---|---|"]
+    for name, r in rows.iterrows():
+        f1 = f"{r['f1']:.2f} ± {r['f1_half']:.2f}"
+        size = f"{r['parameters'] / 1e6:.1f} M"
+        lines.append(f"| {name} | {f1} | {r['precision']:.2f} | {r['recall']:.2f} | {size} | {r['train_seconds']:.0f} s |")
+    return "\n".join(lines)
+
+
+def update_readme(readme: Path) -> None:
+    """Print every `<!-- from figures/... -->` table of the README anew from its file."""
+
+    def block(found: re.Match) -> str:
+        return f"<!-- from {found[1]} -->\n{readme_table(ROOT / found[1])}\n\n"
+
+    text = readme.read_text(encoding="utf8")
+    cache.write_text(readme, re.sub(r"<!-- from (\S+) -->\n.*?\n\n", block, text, flags=re.S))
 
 
 def matching(asked: list[str], known: list[str]) -> list[str]:

@@ -47,7 +47,9 @@ def test_every_sentence_comes_once_an_epoch_and_the_order_repeats(tiny):
 def test_batches_hold_sentences_of_like_length(tiny):
     lengths = torch.randint(1, 40, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     encoded = encode(tiny, [Sentence(("a",) * n) for n in lengths])
-    waste = sum(max(lengths[r] for r in rows) * len(rows) - sum(lengths[r] for r in rows) for rows in batches.order(encoded, 8, 0))
+    waste = sum(
+        max(lengths[r] for r in rows) * len(rows) - sum(lengths[r] for r in rows) for rows in batches.order(encoded, 8, 0)
+    )
     assert waste < 0.05 * sum(lengths)
 
 

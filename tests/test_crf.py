@@ -97,10 +97,16 @@ def test_k_best_equals_enumeration(legal, k):
 def test_viterbi_and_nll_agree_with_pytorch_crf():
     ours, emissions, mask = chain(5, dtype=torch.float32)
     peer = PytorchCrf(5, batch_first=True)
-    peer.start_transitions.data, peer.end_transitions.data, peer.transitions.data = ours.start.data, ours.end.data, ours.transitions.data
+    peer.start_transitions.data, peer.end_transitions.data, peer.transitions.data = (
+        ours.start.data,
+        ours.end.data,
+        ours.transitions.data,
+    )
     tags = torch.randint(0, 5, mask.shape)
     torch.testing.assert_close(ours.log_prob(emissions, tags, mask), peer(emissions, tags, mask, reduction="none"))
-    assert peer.decode(emissions, mask) == [path[:n].tolist() for path, n in zip(ours.viterbi(emissions, mask), LENGTHS, strict=True)]
+    assert peer.decode(emissions, mask) == [
+        path[:n].tolist() for path, n in zip(ours.viterbi(emissions, mask), LENGTHS, strict=True)
+    ]
 
 
 @cases

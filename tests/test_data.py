@@ -65,12 +65,24 @@ BAD = {
     "not UTF-8": ("x.conll", b"a O\n\xff\xfe O\n", r"x.conll:2: expected UTF-8"),
     "not JSON": ("x.jsonl", '{"tokens": ["a"]}\n{"tokens": \n', r"x.jsonl:2: expected JSON"),
     "another object": ("x.jsonl", '{"words": ["a"]}', r"x.jsonl:1: expected an object with tokens"),
-    "too few tags": ("x.jsonl", '{"tokens": ["a", "b"], "ner_tags": ["O"]}', r"x.jsonl:1: expected 2 ner_tags, one a word, got '1'"),
+    "too few tags": (
+        "x.jsonl",
+        '{"tokens": ["a", "b"], "ner_tags": ["O"]}',
+        r"x.jsonl:1: expected 2 ner_tags, one a word, got '1'",
+    ),
     "tags as numbers": ("x.jsonl", '{"tokens": ["a"], "ner_tags": [0]}', r"expected ner_tags as a list of tags in letters"),
     "empty word": ("x.jsonl", '{"tokens": ["a", " "]}', r"expected a list of words that are not empty"),
-    "words span outside": ("x.json", '[{"tokenized_text": ["a"], "ner": [[0, 1, "X"]]}]', r"x.json:1: expected a span within the 1 words"),
+    "words span outside": (
+        "x.json",
+        '[{"tokenized_text": ["a"], "ner": [[0, 1, "X"]]}]',
+        r"x.json:1: expected a span within the 1 words",
+    ),
     "span backwards": ("x.json", '[{"tokenized_text": ["a", "b"], "ner": [[1, 0, "X"]]}]', r"expected a span within"),
-    "character span outside": ("x.json", '[{"text": "ab", "entities": [[0, 3, "X"]]}]', r"expected a span within the 2 characters"),
+    "character span outside": (
+        "x.json",
+        '[{"text": "ab", "entities": [[0, 3, "X"]]}]',
+        r"expected a span within the 2 characters",
+    ),
     "span within a word": ("x.json", '[{"text": "abc d", "entities": [[1, 3, "X"]]}]', r"starts and ends with a word, got"),
     "odd span": ("x.json", '[{"text": "abc", "entities": [[true, 3, "X"]]}]', r"expected entities as"),
     "not a list": ("x.json", '{"text": "abc"}', r"expected a JSON list"),
@@ -117,7 +129,11 @@ def test_named_sets_with_their_oddities(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_ones_own(tmp_path):
-    named(tmp_path, "mine", {"train.conll": "a B-X\n", "dev.conll": "b B-X\n", "test.jsonl": '{"tokens": ["c"], "ner_tags": ["B-Y"]}'})
+    named(
+        tmp_path,
+        "mine",
+        {"train.conll": "a B-X\n", "dev.conll": "b B-X\n", "test.jsonl": '{"tokens": ["c"], "ner_tags": ["B-Y"]}'},
+    )
     loaded = data.load(str(tmp_path / "mine"))
     assert loaded.name == "mine" and loaded.types == ["X", "Y"] and loaded.dev[0].tokens == ("b",)
     (tmp_path / "mine" / "test.jsonl").unlink()

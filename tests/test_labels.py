@@ -57,7 +57,10 @@ def test_what_is_no_tag(tag):
         split_tag(tag)
 
 
-@pytest.mark.parametrize(("spans", "message"), [([(0, 3, "X")], "within the 2 words"), ([(0, 2, "X"), (1, 2, "Y")], "overlap"), ([(1, 1, "X")], "within")])
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [([(0, 3, "X")], "within the 2 words"), ([(0, 2, "X"), (1, 2, "Y")], "overlap"), ([(1, 1, "X")], "within")],
+)
 def test_spans_that_have_no_tags(spans, message):
     with pytest.raises(ValueError, match=message):
         to_iob2([Span(*s) for s in spans], 2)

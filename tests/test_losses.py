@@ -117,7 +117,9 @@ def test_temperature_squared_keeps_the_gradients_size(loss):
 def test_crf_nll_and_its_gradient():
     crf, student, _, _, mask = pair()
     tags = torch.tensor([[1, 2, 0, 3, 0], [0, 1, 2, 9, 9], [3, 9, 9, 9, 9]])
-    expected = -torch.stack([crf.log_prob(student[b : b + 1, :n], tags[b : b + 1, :n], mask[b : b + 1, :n])[0] for b, n in enumerate(LENGTHS)])
+    expected = -torch.stack(
+        [crf.log_prob(student[b : b + 1, :n], tags[b : b + 1, :n], mask[b : b + 1, :n])[0] for b, n in enumerate(LENGTHS)]
+    )
     torch.testing.assert_close(losses.crf_nll(crf, student, tags, mask), expected.mean())
     assert torch.autograd.gradcheck(lambda s: losses.crf_nll(crf, s, tags, mask), (student,))
     illegal = tags.clone()

@@ -57,16 +57,27 @@ def test_runs_at_quick(path, tmp_path):
 
 
 def test_study_lists_every_notebook():
-    assert list(study.study()) == [p.stem for p in NOTEBOOKS]
+    assert sorted(study.study()) == [p.stem for p in NOTEBOOKS]
 
 
 def test_unknown_parameters_and_wrong_types_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"declares no parameter \['tempreature'\]"):
         study.run(STEM, {"tempreature": 4}, tmp_path / "x.ipynb")
-    for name, value in (("seeds", "three"), ("seeds", 2.5), ("seeds", True), ("alpha", "half"), ("one_teacher", "maybe"), ("dataset", 3)):
+    for name, value in (
+        ("seeds", "three"),
+        ("seeds", 2.5),
+        ("seeds", True),
+        ("alpha", "half"),
+        ("one_teacher", "maybe"),
+        ("dataset", 3),
+    ):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             study.check(STEM, {name: value})
-    assert study.check(STEM, {"seeds": "4", "alpha": "1e-1", "one_teacher": "true"}) == {"seeds": 4, "alpha": 0.1, "one_teacher": True}
+    assert study.check(STEM, {"seeds": "4", "alpha": "1e-1", "one_teacher": "true"}) == {
+        "seeds": 4,
+        "alpha": 0.1,
+        "one_teacher": True,
+    }
 
 
 def small_study(tmp_path, monkeypatch, sources):
@@ -75,13 +86,16 @@ def small_study(tmp_path, monkeypatch, sources):
     for stem, source in sources.items():
         cells = [nbformat.v4.new_code_cell("x: int = 1  # a number"), nbformat.v4.new_code_cell(source)]
         cells[0].metadata.tags = ["parameters"]
-        nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}})
+        nb = nbformat.v4.new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}}
+        )
         nbformat.write(nb, tmp_path / "notebooks" / f"{stem}.ipynb")
     (tmp_path / "notebooks" / "study.yaml").write_text("".join(f"{stem}: {{}}\n" for stem in sources))
     (tmp_path / "kdlib").mkdir()
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "BUILD", tmp_path / "build")
     monkeypatch.setattr(study.plots, "gallery", lambda: None)
+    (tmp_path / "README.md").write_text("no tables\n")
 
 
 @pytest.mark.notebook
@@ -107,7 +121,10 @@ def test_a_failing_notebook_is_reported_and_the_others_run(tmp_path, monkeypatch
     assert (tmp_path / "log").read_text() == "1555"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["07"], "no notebook '07'"), (["03", "--set", "nope=1"], "declares no parameter"), (["--set", "x"], "")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["07"], "no notebook '07'"), (["03", "--set", "nope=1"], "declares no parameter"), (["--set", "x"], "")],
+)
 def test_the_command_line_refuses_what_it_does_not_know(arguments, message):
     done = subprocess.run([sys.executable, "-m", "kdlib.study", *arguments], capture_output=True, text=True, cwd=study.ROOT)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
@@ -124,7 +141,9 @@ def test_the_readmes_test_command_is_cis():
 def test_every_number_in_the_readme_is_in_a_committed_table():
     """The README's tables are printed from figures/: each row must be found there again."""
     readme = (study.ROOT / "README.md").read_text(encoding="utf8")
-    for source, table in re.findall(r"<!-- from (\S+) -->\n(.*?)\n\n", readme, re.S):
+    tables = re.findall(r"<!-- from (\S+) -->\n(.*?)\n\n", readme, re.S)
+    assert tables
+    for source, table in tables:
         assert Path(study.ROOT / source).exists()
         assert table.strip() == study.readme_table(study.ROOT / source).strip(), source
 
@@ -135,3 +154,10 @@ def test_the_gallery_lists_what_lies_in_figures():
         for stem, entry in json.loads(index.read_text(encoding="utf8")).items():
             assert f"{index.parent.name}/{stem}.csv" in text and (index.parent / f"{stem}.csv").exists()
             assert (index.parent / f"{stem}.svg").exists() is entry["figure"]
+
+
+def test_the_readmes_python_runs(capsys):
+    readme = (study.ROOT / "README.md").read_text(encoding="utf8")
+    for snippet in re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert "dev_f1" in capsys.readouterr().out

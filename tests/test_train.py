@@ -113,8 +113,6 @@ def test_a_student_comes_to_agree_with_its_teacher_without_gold(tiny_folder, dis
     assert student.predict(SENTENCES) == teacher.predict(SENTENCES)
 
 
-
-
 def test_two_processes_share_a_batch_and_agree_with_one(tiny_folder, tmp_path):
     """Under `accelerate launch`, here two CPU processes. Dropout differs between processes, so the model has none."""
     out = tmp_path / "two.pt"
