@@ -17,6 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 
+from kdlib import cache
+
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -97,7 +99,7 @@ def load(name: str = "minilm") -> Backbone:
     try:
         config = AutoConfig.from_pretrained(source, **safe)
         pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta") else {}
-        with _quiet():
+        with _Quiet():
             model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **pooler, **safe)
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
     except (OSError, ValueError) as error:
@@ -111,7 +113,7 @@ def load(name: str = "minilm") -> Backbone:
     return Backbone(name, Transformer(model), tokenizer)
 
 
-class _quiet:
+class _Quiet:
     """Keep transformers from reporting that a pooler nobody asked for was left in the file."""
 
     def __enter__(self) -> None:
@@ -182,7 +184,9 @@ def lstm(teacher: Transformer, embedding: int = 128, hidden: int = 200, layers: 
     table = teacher.model.get_input_embeddings().weight.detach()
     student = BiLstm(table.shape[0], embedding, hidden, layers)
     if from_teacher:
-        student.embedding.weight.data.copy_(reduce_by_pca(table, embedding))
+        key = cache.digest("pca", table, embedding)
+        rows = cache.tensors("pca", key, lambda: {"rows": reduce_by_pca(table, embedding)})["rows"]
+        student.embedding.weight.data.copy_(rows)
     return student
 
 

@@ -58,7 +58,7 @@ class LinearChainCRF(nn.Module):
 
     def score(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
         """s(x, y) of the given paths (eq. 1) [B]; -inf for an illegal one. Tags [B, L]; padding may hold any number."""
-        chain, transitions, lengths = self._chain(emissions, mask)
+        chain, transitions, _ = self._chain(emissions, mask)
         if tags.shape != mask.shape:
             raise ValueError(f"tags: expected shape {tuple(mask.shape)}, got {tuple(tags.shape)}")
         tags = tags.masked_fill(~mask, 0)
@@ -256,8 +256,9 @@ def _rescaled(chain: Tensor, transitions: Tensor, lengths: Tensor) -> _Rescaled 
     messages, states = torch.ones_like(weights), torch.empty_like(weights)
     scales = weights.new_empty(*weights.shape[:3], 1)
     words = zip(messages.unbind(), weights.unbind(), states.unbind(), scales.unbind(), strict=True)
-    for i, (message, own, state, scale) in enumerate(words):
-        if i:
+    previous = None
+    for message, own, state, scale in words:
+        if previous is not None:
             torch.bmm(previous, steps, out=message)
         torch.mul(message, own, out=state)
         torch.sum(state, -1, keepdim=True, out=scale)
@@ -297,21 +298,17 @@ class _LogPartition(torch.autograd.Function):
 
 @torch.no_grad()
 def _viterbi(chain: Tensor, transitions: Tensor, lengths: Tensor) -> Tensor:
-    """Best paths [B, L]. On padding each label points to itself, so that backtracking walks through."""
-    num_labels = transitions.shape[0]
-    live = torch.arange(chain.shape[1], device=chain.device)[:, None, None] < lengths[:, None]
-    itself = torch.arange(num_labels, device=chain.device)
+    """Best paths [B, L]: the best score of every label at every word, then back along the one path that made it."""
+    live = torch.arange(chain.shape[1], device=chain.device)[:, None] < lengths
     into = transitions.T.contiguous()  # [to, from]: the maximum runs over the last, contiguous axis
-    score, pointers = chain[:, 0], []
+    scores = [chain[:, 0]]
     for i in range(1, chain.shape[1]):
-        best, came_from = (score[:, None, :] + into).max(-1)
-        score = torch.where(live[i], best + chain[:, i], score)
-        pointers.append(torch.where(live[i], came_from, itself))
-    tag = score.argmax(-1, keepdim=True)
-    path = [tag]
-    for pointer in reversed(pointers):
-        path.append(pointer.gather(1, path[-1]))
-    return torch.cat(path[::-1], 1)
+        best = (scores[-1][:, None, :] + into).amax(-1) + chain[:, i]
+        scores.append(torch.where(live[i, :, None], best, scores[-1]))
+    path = [scores[-1].argmax(-1)]
+    for i in range(chain.shape[1] - 1, 0, -1):
+        path.append(torch.where(live[i], (scores[i - 1] + into[path[-1]]).argmax(-1), path[-1]))
+    return torch.stack(path[::-1], 1)
 
 
 @torch.no_grad()

@@ -78,18 +78,16 @@ def check(stem: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(stem: str, name: str, value: Any, kind: str) -> Any:
-    """YAML reads 1e-5 as text, and a command line gives text alone: text is read as the declared type."""
-    wanted = {"int": int, "float": float, "str": str, "bool": bool}[kind]
+    """YAML reads 1e-5 as text, and a command line gives text alone: text is read as the declared type, all else must have it."""
+    readers = {"int": int, "float": float, "str": str, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
     try:
-        if isinstance(value, str) and wanted is bool:
-            return {"true": True, "false": False}[value.lower()]
-        made = wanted(value)
-        if isinstance(value, (bool, str)) is (wanted in (bool, str)) or isinstance(value, str):
-            if wanted is not int or float(value) == made:
-                return made
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{stem}: {name}: expected {kind}, got {value!r}")
+        if isinstance(value, str):
+            return readers[kind](value)
+    except (ValueError, KeyError):
+        value = repr(value)
+    if type(value).__name__ == kind or (kind == "float" and type(value) is int):
+        return value
+    raise ValueError(f"{stem}: {name}: expected {kind}, got {value}")
 
 
 def key(stem: str, parameters: Mapping[str, Any]) -> str:
