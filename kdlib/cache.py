@@ -24,6 +24,11 @@ def folder() -> Path:
     return Path(os.environ.get("KDLIB_CACHE") or platformdirs.user_cache_dir("kdlib")).expanduser().absolute()
 
 
+def path(kind: str, name: str) -> Path:
+    """Where an entry lies: `kind` is a folder of the cache."""
+    return folder() / kind / name
+
+
 def digest(*parts: Any) -> str:
     """SHA-256 over values, nested containers (a dict is its sorted items), dataclasses, tensors and the weights of modules.
 
@@ -85,19 +90,19 @@ def locked(path: Path) -> FileLock:
 
 def tensors(kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors stored under `kind`/`key`, made and stored first if they are not there."""
-    path = folder() / kind / f"{key}.pt"
-    with locked(path):
-        if not path.exists():
+    file = path(kind, f"{key}.pt")
+    with locked(file):
+        if not file.exists():
             made = make()
-            with replacing(path) as aside:
+            with replacing(file) as aside:
                 torch.save(made, aside)
-        return torch.load(path, weights_only=True)
+        return torch.load(file, weights_only=True)
 
 
 def record(kind: str, key: str, make: Callable[[], dict]) -> dict:
     """The JSON record stored under `kind`/`key`, made and stored first if it is not there."""
-    path = folder() / kind / f"{key}.json"
-    with locked(path):
-        if not path.exists():
-            write_text(path, json.dumps(make(), indent=1))
-        return json.loads(path.read_text(encoding="utf8"))
+    file = path(kind, f"{key}.json")
+    with locked(file):
+        if not file.exists():
+            write_text(file, json.dumps(make(), indent=1))
+        return json.loads(file.read_text(encoding="utf8"))

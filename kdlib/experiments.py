@@ -4,6 +4,7 @@ The protocol that every notebook shares: a few sentences with labels, many more 
 one budget of updates, and methods that differ in nothing but their loss.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -21,10 +22,12 @@ from kdlib.train import Settings
 
 DISTILLATIONS: dict[str, Callable[..., Tensor]] = {
     "top-k": losses.top_k,
+    "weighted top-k": functools.partial(losses.top_k, weighted=True),
     "posterior": losses.posterior,
     "structural": losses.structural,
 }
-METHODS = ("teacher", "student alone", *DISTILLATIONS)
+METHODS = ("teacher", "student alone", "top-k", "posterior", "structural")  # the rows of the paper's tables
+RATES = {"transformer": 3e-4, "bilstm": 3e-3}  # of the student's encoder
 NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
 
 
@@ -51,7 +54,6 @@ class Protocol:
     student_steps: int = 600
     batch_size: int = 16
     teacher_rate: float = 1e-4
-    student_rate: float = 3e-4
     alpha: float = 0.5
     temperature: float = 1.0
     k: int = 3
@@ -59,7 +61,7 @@ class Protocol:
     def __post_init__(self) -> None:
         for name, value, choices in (
             ("teacher_sees", self.teacher_sees, ("labelled", "all")),
-            ("student", self.student, ("transformer", "bilstm")),
+            ("student", self.student, tuple(RATES)),
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
@@ -118,7 +120,7 @@ def objective(method: str, teacher: Tagger | None, protocol: Protocol) -> train.
     if teacher is None:
         return lambda model, emissions, batch: losses.crf_nll(model.crf, emissions, batch.tags, batch.mask)
     distil = DISTILLATIONS[method]
-    knob = {"k": protocol.k} if method == "top-k" else {"temperature": protocol.temperature}
+    knob = {"k": protocol.k} if method.endswith("top-k") else {"temperature": protocol.temperature}
 
     def loss(model: Tagger, emissions: Tensor, batch: Batch) -> Tensor:
         distilled = distil(model.crf, emissions, teacher.crf.to(emissions.device), batch.teacher, batch.mask, **knob)
@@ -145,10 +147,16 @@ def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger
     backbone = backbones.load(protocol.encoder)
     torch.manual_seed(seed)
     teacher = Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(parts.types))
-    gold = parts.labelled + (parts.transfer_gold if protocol.teacher_sees == "all" else [])
+    more = [s for s in parts.transfer_gold if s.spans is not None] if protocol.teacher_sees == "all" else []
     settings = Settings(protocol.teacher_steps, protocol.batch_size, protocol.teacher_rate, seed=seed)
     run, weights = _trained(
-        teacher, "teacher", teacher.encode(gold), objective("teacher", None, protocol), parts, settings, keep=True
+        teacher,
+        "teacher",
+        teacher.encode(parts.labelled + more),
+        objective("teacher", None, protocol),
+        parts,
+        settings,
+        keep=True,
     )
     teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False), run
@@ -156,13 +164,13 @@ def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger
 
 def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     """Train the method with one seed, or read back what the same code made of the same data and settings before."""
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+    known = ("teacher", "student alone", *DISTILLATIONS)
+    if method not in known:
+        raise ValueError(f"method: expected one of {known}, got {method!r}")
     if method == "teacher":
         return trained_teacher(protocol, parts, seed)[1]
     student = new_student(protocol, labels.iob2_labels(parts.types), seed)
-    rate = protocol.student_rate if protocol.student == "transformer" else 10 * protocol.student_rate
-    settings = Settings(protocol.student_steps, protocol.batch_size, rate, seed=seed)
+    settings = Settings(protocol.student_steps, protocol.batch_size, RATES[protocol.student], seed=seed)
     if method == "student alone":
         loss, seen, more = objective(method, None, protocol), student.encode(parts.labelled), None
     else:
@@ -181,7 +189,9 @@ def _trained(
     key = cache.digest(
         NUMBERS, method, asdict(settings), model, seen.content(), seen.teacher, dev.content(), test.content(), more
     )
-    checkpoint = cache.folder() / "checkpoints" / f"{key}.pt"
+    checkpoint = cache.path("checkpoints", f"{key}.pt")
+    if keep and not cache.path("weights", f"{key}.pt").exists():
+        cache.path("runs", f"{key}.json").unlink(missing_ok=True)  # half an entry is none
 
     def fitted() -> dict:
         history = train.fit(model, seen, loss, dev, [s.spans for s in parts.dev], settings, checkpoint)
@@ -207,6 +217,8 @@ def runs(methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts
     done = []
     for seed in seeds:
         for method in methods:
+            if method == "teacher" and protocol.one_teacher and seed != 0:
+                continue  # there is but one: a second row would be the same run again
             done.append(run(method, seed, protocol, parts))
             if show:
                 scored = metrics.scores(parts.test, done[-1].predicted)

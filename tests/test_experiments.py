@@ -79,7 +79,7 @@ def test_a_run_is_remembered_and_a_change_is_another_run(protocol, parts, monkey
     fit = train.fit
     monkeypatch.setattr(train, "fit", lambda *a, **k: fits.append(1) or fit(*a, **k))
     assert experiments.run("posterior", 0, protocol, parts) == first and not fits
-    for other in (replace(protocol, alpha=0.2), replace(protocol, temperature=2.0), replace(protocol, student_rate=1e-5)):
+    for other in (replace(protocol, alpha=0.2), replace(protocol, temperature=2.0), replace(protocol, student_steps=4)):
         experiments.run("posterior", 0, other, parts)
     experiments.run("posterior", 1, replace(protocol, one_teacher=True), parts)
     assert len(fits) == 4
@@ -89,11 +89,27 @@ def test_a_run_is_remembered_and_a_change_is_another_run(protocol, parts, monkey
     assert not list((cache.folder() / "checkpoints").glob("*.pt"))
 
 
+def test_a_teacher_whose_weights_were_lost_is_trained_again(protocol, parts):
+    weights = experiments.trained_teacher(protocol, parts, 0)[0].state_dict()
+    for file in (cache.folder() / "weights").glob("*.pt"):
+        file.unlink()
+    again = experiments.trained_teacher(protocol, parts, 0)[0].state_dict()
+    assert all(weights[name].equal(again[name]) for name in weights)
+
+
+def test_text_without_labels_teaches_no_teacher(protocol, parts):
+    text = replace(parts, transfer_gold=parts.transfer)
+    sees_all = experiments.trained_teacher(replace(protocol, teacher_sees="all"), text, 0)[0]
+    assert sees_all.output.weight.equal(experiments.trained_teacher(protocol, text, 0)[0].output.weight)
+
+
 def test_one_teacher_serves_every_seed(protocol, parts):
     shared = replace(protocol, one_teacher=True)
     weights = [experiments.trained_teacher(shared, parts, seed)[0].output.weight for seed in (0, 1)]
     assert weights[0].equal(weights[1])
     assert not experiments.trained_teacher(protocol, parts, 1)[0].output.weight.equal(weights[0])
+    rows = experiments.table(experiments.runs(["teacher", "student alone"], [0, 1], shared, parts), parts)
+    assert list(zip(rows["method"], rows["seed"], strict=True)) == [("teacher", 0), ("student alone", 0), ("student alone", 1)]
 
 
 def test_transfer_sentences_add_no_gold_term(protocol, parts):
@@ -116,14 +132,14 @@ def test_transfer_sentences_add_no_gold_term(protocol, parts):
 
 
 def test_tables(protocol, parts, capsys):
-    results = experiments.runs(["teacher", "student alone", "top-k"], [0, 1], protocol, parts)
-    assert capsys.readouterr().out.count("test F1") == 6
+    results = experiments.runs(["teacher", "student alone", "top-k", "weighted top-k"], [0, 1], protocol, parts)
+    assert capsys.readouterr().out.count("test F1") == 8
     rows = experiments.table(results, parts)
-    assert list(rows) == ["method", "seed", "precision", "recall", "f1", "parameters", "train_seconds"] and len(rows) == 6
+    assert list(rows) == ["method", "seed", "precision", "recall", "f1", "parameters", "train_seconds"] and len(rows) == 8
     summary = experiments.summary(rows)
     assert summary.loc["top-k", "f1"] == pytest.approx(rows[rows["method"] == "top-k"]["f1"].mean())
     compared = experiments.compare(results, parts)
-    assert list(compared["method"]) == ["teacher", "top-k"]
+    assert list(compared["method"]) == ["teacher", "top-k", "weighted top-k"]
     expected = summary.loc["top-k", "f1"] - summary.loc["student alone", "f1"]
     assert compared.set_index("method").loc["top-k", "difference"] == pytest.approx(expected, abs=1e-2)
     mass = experiments.mass_of_k_best(experiments.trained_teacher(protocol, parts, 0)[0], parts.test, [1, 3, 200])
