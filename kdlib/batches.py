@@ -55,7 +55,7 @@ class Encoded:
 
     def content(self) -> list:
         """What a digest needs to know these sentences."""
-        return [self.windows, self.tags, self.labels]
+        return [self.windows, self.firsts, self.tags, self.labels]
 
     def collate(self, rows: Sequence[int]) -> Batch:
         """The given sentences as one padded batch."""
@@ -92,6 +92,10 @@ def encode(
 
     before, after = _special_pieces(tokenizer)
     room = max_pieces - len(before) - len(after)
+    if room < 1:
+        raise ValueError(
+            f"max_pieces: expected room for a word beside {len(before) + len(after)} special pieces, got {max_pieces}"
+        )
     windows, firsts, tags = [], [], []
     for sentence in sentences:
         pieces = _word_pieces(sentence.tokens, tokenizer)

@@ -30,7 +30,7 @@ def path(kind: str, name: str) -> Path:
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 over values, nested containers (a dict is its sorted items), dataclasses, tensors and the weights of modules.
+    """SHA-256 over values, nested containers, dataclasses, tensors, and modules with their weights and shape.
 
     TypeError for anything whose content it cannot see: a silent guess would be a stale entry some day.
     """
@@ -48,10 +48,14 @@ def _feed(sha: "hashlib._Hash", part: Any) -> None:
         sha.update(f"tensor:{part.dtype}{list(part.shape)}".encode())
         sha.update(part.view(-1).view(torch.uint8).numpy().tobytes() if part.numel() else b"")
     elif isinstance(part, torch.nn.Module):
-        _feed(sha, (type(part).__name__, dict(part.state_dict())))
+        configs = [m.config.to_dict() for m in part.modules() if hasattr(getattr(m, "config", None), "to_dict")]
+        origin = ("_name_or_path", "transformers_version")  # where a model came from, not what it is
+        shapes = [{k: str(v) for k, v in config.items() if k not in origin} for config in configs]
+        _feed(sha, (repr(part), shapes, dict(part.named_parameters()), dict(part.named_buffers())))
     elif dataclasses.is_dataclass(part) and not isinstance(part, type):
         _feed(sha, [type(part).__name__, {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}])
     elif isinstance(part, dict):
+        sha.update(b"dict")
         _feed(sha, sorted(part.items()))
     elif isinstance(part, (list, tuple)):
         sha.update(f"{len(part)}[".encode())

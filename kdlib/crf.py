@@ -37,6 +37,7 @@ class LinearChainCRF(nn.Module):
             if allowed.shape != shape or allowed.dtype != torch.bool:
                 raise ValueError(f"legal {name}: expected bool {tuple(shape)}, got {allowed.dtype} {tuple(allowed.shape)}")
             self.register_buffer(f"legal_{name}", allowed.clone(), persistent=False)
+        self._detours_are_short = self._every_label_is_near()
 
     @property
     def num_labels(self) -> int:
@@ -45,7 +46,8 @@ class LinearChainCRF(nn.Module):
 
     def log_partition(self, emissions: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
         """log Z = log sum_y exp(s(x, y) / temperature) [B]; twice differentiable."""
-        return _LogPartition.apply(*self._chain(emissions, mask, temperature))
+        chain = self._chain(emissions, mask, temperature)
+        return _LogPartition.apply(*chain, self._fast(*(x.detach() for x in chain)))
 
     def constrained_log_partition(self, emissions: Tensor, allowed: Tensor, mask: Tensor) -> Tensor:
         """log sum of exp(s(x, y)) over the paths with y_i in the set `allowed[i]` [B, L, K] alone (Shang et al. 2018) [B].
@@ -79,7 +81,7 @@ class LinearChainCRF(nn.Module):
         """
         chain = self._chain(emissions, mask, temperature)
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in chain[:2])
-        fast = None if wants_grad else _rescaled(*chain)
+        fast = None if wants_grad else self._fast(*chain)
         if fast is None:
             return _log_space_marginals(*chain)
         return fast.unary, fast.left[..., None] * fast.step * fast.right[..., None, :]
@@ -91,7 +93,7 @@ class LinearChainCRF(nn.Module):
         return torch.log_softmax(chain[0] + before + after, -1).masked_fill(~mask[..., None], 0)
 
     def viterbi(self, emissions: Tensor, mask: Tensor) -> Tensor:
-        """argmax_y s(x, y) [B, L]; 0 on padding."""
+        """argmax_y s(x, y) [B, L]; 0 on padding, and where no path is legal."""
         return _viterbi(*(x.detach() for x in self._chain(emissions, mask))).masked_fill(~mask, 0)
 
     def k_best(self, emissions: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -130,9 +132,26 @@ class LinearChainCRF(nn.Module):
         log_z = self.log_partition(emissions, mask, temperature)
         return own - others - log_z + other.log_partition(other_emissions, mask, temperature)
 
+    def _every_label_is_near(self) -> bool:
+        """Whether any label can follow any other after one in between, some first label, and end a sentence: IOB2 is so.
+
+        Then a path is never more than one word's label away from joining a better one, which the fast recursion relies on.
+        """
+        step = self.legal_transitions.float()
+        return bool((step @ step > 0).all() and self.legal_transitions[self.legal_start].any(0).all() and self.legal_end.all())
+
+    def _fast(self, chain: Tensor, transitions: Tensor, lengths: Tensor) -> "_Rescaled | None":
+        """The fast recursion's answers; None where it could lose precision, or no path is legal: then log space answers."""
+        if not self._detours_are_short or _may_underflow(chain, transitions):
+            return None
+        found = _rescaled(chain, transitions, lengths)
+        return found if bool(found.log_z.isfinite().all()) else None
+
     def _chain(self, emissions: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Emissions with start, end and padding folded in, transitions, lengths: all that the recursions need."""
         lengths = _lengths(emissions, mask, self.num_labels)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected more than 0, got {temperature}")
         start, transitions, end = (
             getattr(self, name).masked_fill(~getattr(self, f"legal_{name}"), NEG_INF) for name in ("start", "transitions", "end")
         )
@@ -146,8 +165,8 @@ class LinearChainCRF(nn.Module):
 
 def _lengths(emissions: Tensor, mask: Tensor, num_labels: int) -> Tensor:
     """Words per sentence [B]; ValueError unless the shapes fit and the padding is on the right."""
-    if emissions.ndim != 3 or emissions.shape[2] != num_labels:
-        raise ValueError(f"emissions: expected shape [B, L, {num_labels}], got {list(emissions.shape)}")
+    if emissions.ndim != 3 or emissions.shape[2] != num_labels or not emissions.numel():
+        raise ValueError(f"emissions: expected shape [B, L, {num_labels}], nowhere 0, got {list(emissions.shape)}")
     if mask.shape != emissions.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(f"mask: expected bool {list(emissions.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
     if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
@@ -167,6 +186,12 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
     total = (x - top).exp().sum(dim)
     empty = total == 0
     return total.masked_fill(empty, 1).log().masked_fill(empty, NEG_INF) + top.squeeze(dim)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """Softmax over the last axis that is 0, where torch's is NaN, when every term is -inf."""
+    total = _logsumexp(x, -1)
+    return (x - total.masked_fill(total == NEG_INF, 0)[..., None]).exp()
 
 
 def _reversal(chain: Tensor, lengths: Tensor) -> Tensor:
@@ -197,10 +222,10 @@ def _log_space_marginals(chain: Tensor, transitions: Tensor, lengths: Tensor) ->
     before, after = _log_messages(chain, transitions, lengths)
     position = torch.arange(chain.shape[1], device=chain.device)
     mask = position < lengths[:, None]
-    unary = torch.softmax(chain + before + after, -1).masked_fill(~mask[..., None], 0)
+    unary = _softmax(chain + before + after).masked_fill(~mask[..., None], 0)
     left, right = (chain + before)[:, :-1], (chain + after)[:, 1:]
     joint = left[..., None] + transitions + right[..., None, :]
-    pairwise = torch.softmax(joint.flatten(2), -1).view_as(joint).masked_fill(~mask[:, 1:, None, None], 0)
+    pairwise = _softmax(joint.flatten(2)).view_as(joint).masked_fill(~mask[:, 1:, None, None], 0)
     return unary, pairwise
 
 
@@ -214,10 +239,10 @@ def _log_space_partition(chain: Tensor, transitions: Tensor, lengths: Tensor) ->
 def _may_underflow(chain: Tensor, transitions: Tensor) -> bool:
     """Whether rescaled probabilities could lose a path that matters.
 
-    A label more than 87 nats (float32) below the best one is dropped. What a path through it can regain afterwards on a rival that
-    takes the best label and then joins it is at most two emissions and three transitions, also under IOB2 or IOBES legality; so
-    nothing is lost beyond a relative 2e-12 while their spread stays 27 nats inside. A label excluded within a sentence
-    (`constrained_log_partition`) can force longer detours: log space.
+    A label more than 87 nats (float32) below the best one is dropped. A path through it can afterwards regain, on a rival that takes
+    the best label and joins it one word later, an emission and two transitions; nothing is lost beyond a relative 2e-12 while twice
+    the one and three times the other stay 27 nats inside. A label excluded within a sentence (`constrained_log_partition`) can force
+    longer detours: log space.
     """
     if bool((chain[:, 1:-1] == NEG_INF).any()):
         return True
@@ -238,13 +263,8 @@ class _Rescaled(NamedTuple):
 
 
 @torch.no_grad()
-def _rescaled(chain: Tensor, transitions: Tensor, lengths: Tensor) -> _Rescaled | None:
-    """The forward-backward algorithm on probabilities, both directions in one loop, each word rescaled to sum 1 (Rabiner 1989).
-
-    None where that could lose precision, or no path is legal: then log space answers.
-    """
-    if _may_underflow(chain, transitions):
-        return None
+def _rescaled(chain: Tensor, transitions: Tensor, lengths: Tensor) -> _Rescaled:
+    """The forward-backward algorithm on probabilities, both directions in one loop, each word rescaled to sum 1 (Rabiner 1989)."""
     mask = torch.arange(chain.shape[1], device=chain.device) < lengths[:, None]
     reverse = _reversal(chain, lengths)
     top = chain.amax(2, keepdim=True)
@@ -264,8 +284,6 @@ def _rescaled(chain: Tensor, transitions: Tensor, lengths: Tensor) -> _Rescaled 
         torch.sum(state, -1, keepdim=True, out=scale)
         previous = state.div_(scale)
     log_z = (scales[:, 0, :, 0].log().T + top.squeeze(2)).masked_fill(~mask, 0).sum(1) + peak * (lengths - 1)
-    if not bool(log_z.isfinite().all()):
-        return None
     forward, before = states[:, 0].transpose(0, 1), messages[:, 0].transpose(0, 1)
     after = messages[:, 1].transpose(0, 1).gather(1, reverse)
     unary = forward * after
@@ -279,21 +297,19 @@ class _LogPartition(torch.autograd.Function):
     """log Z, whose gradient is the marginals: computed here directly instead of by unrolling the recursion backwards."""
 
     @staticmethod
-    def forward(ctx, chain: Tensor, transitions: Tensor, lengths: Tensor) -> Tensor:
+    def forward(ctx, chain: Tensor, transitions: Tensor, lengths: Tensor, fast: _Rescaled | None) -> Tensor:
         ctx.save_for_backward(chain, transitions, lengths)
-        ctx.fast = _rescaled(chain, transitions, lengths)
-        if ctx.fast is None:
-            return _log_space_partition(chain, transitions, lengths)
-        return ctx.fast.log_z
+        ctx.fast = fast
+        return _log_space_partition(chain, transitions, lengths) if fast is None else fast.log_z.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled() or ctx.fast is None:  # a gradient of this gradient is wanted, or the scores are too large
             unary, pairwise = _log_space_marginals(*ctx.saved_tensors)
-            return unary * grad[:, None, None], (pairwise * grad[:, None, None, None]).sum((0, 1)), None
+            return unary * grad[:, None, None], (pairwise * grad[:, None, None, None]).sum((0, 1)), None, None
         _, unary, left, step, right = ctx.fast
         left = (left * grad[:, None, None]).flatten(0, 1)
-        return unary * grad[:, None, None], step * (left.T @ right.flatten(0, 1)), None
+        return unary * grad[:, None, None], step * (left.T @ right.flatten(0, 1)), None, None
 
 
 @torch.no_grad()

@@ -50,6 +50,8 @@ SOURCES = {
     ),
 }
 
+NAMES = ("demo", "demo-fine", *SOURCES)
+
 
 def load(name: str) -> Dataset:
     """A data set by name (`demo`, `demo-fine`, one of SOURCES), or a folder of the user's own with train, dev and test files.
@@ -66,6 +68,8 @@ def load(name: str) -> Dataset:
     train, dev, test = [file and read(file, clean=clean) for file in files] if files else _from_hub(name)
     if dev is None:
         dev, train = train[::10], [s for i, s in enumerate(train) if i % 10]
+        if not train:
+            raise ValueError(f"{name}: expected more training sentences to take dev from, got {len(dev)}")
     return Dataset(Path(name).name, train, dev, test)
 
 
@@ -79,11 +83,18 @@ def locate(name: str) -> list[Path | None]:
             return []
         return [file and folder / file for file in SOURCES[name].files]
     if not Path(name).is_dir():
-        raise FileNotFoundError(f"no data set {name!r}: expected demo, demo-fine, one of {sorted(SOURCES)}, or a folder")
-    files = [next(iter(sorted(Path(name).glob(f"{split}*"))), None) for split in SPLITS]
-    if files[0] is None or files[2] is None:
-        raise FileNotFoundError(f"{name}: expected files named train*, dev* (optional) and test*")
-    return files
+        raise FileNotFoundError(f"no data set {name!r}: expected one of {sorted(NAMES)}, or a folder")
+    return [_only_file(Path(name), stems) for stems in (("train",), ("dev", "devel", "valid", "validation"), ("test",))]
+
+
+def _only_file(folder: Path, stems: tuple[str, ...]) -> Path | None:
+    """The one file of a folder with one of these names before its ending; None if dev is not there, an error otherwise."""
+    found = sorted(f for f in folder.iterdir() if f.is_file() and f.name.split(".")[0] in stems)
+    if len(found) > 1 or (not found and "dev" not in stems):
+        raise FileNotFoundError(
+            f"{folder}: expected one file named {' or '.join(stems)}, got {[f.name for f in found] or 'none'}"
+        )
+    return found[0] if found else None
 
 
 def _from_hub(name: str) -> list[list[Sentence] | None]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PREFIXES = "BIOESML U".replace(" ", "")
+PREFIXES = "BIOESMLU"
 _STARTS, _CLOSES = "BSU", "ESUL"
 
 
@@ -27,7 +27,7 @@ def split_tag(tag: str) -> tuple[str, str]:
     prefix, dash, kind = tag.partition("-")
     if tag == "O":
         return "O", ""
-    if prefix in tuple(PREFIXES) and prefix != "O" and dash and kind:
+    if prefix in tuple(PREFIXES) and prefix != "O" and dash and kind and kind == kind.strip():
         return prefix, kind
     raise ValueError(f"expected a tag such as O, B-PER, I-PER, S-PER or E-PER, got {tag!r}")
 
@@ -89,6 +89,8 @@ def iob2_labels(types: Iterable[str]) -> list[str]:
 def legal_iob2(labels: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     """(start [K], transitions [K, K], end [K]) as booleans: I-X comes only after B-X or I-X; a sentence may end anywhere."""
     parts = [split_tag(label) for label in labels]
+    if any(prefix not in ("O", "B", "I") for prefix, _ in parts):
+        raise ValueError(f"expected IOB2 labels, got {list(labels)}")
     start = torch.tensor([prefix != "I" for prefix, _ in parts])
     steps = [
         [prefix != "I" or (before != "O" and kind == kind_before) for prefix, kind in parts] for before, kind_before in parts

@@ -23,6 +23,7 @@ def soft_targets(student: Tensor, teacher: Tensor, mask: Tensor, temperature: fl
 
     Logits [B, L, K]. T^2 keeps the gradient's size independent of T: each logit's gradient carries 1 / T twice.
     """
+    _check(student, teacher, temperature)
     teacher_log, student_log = (F.log_softmax(z[mask] / temperature, -1) for z in (teacher.detach(), student))
     return temperature**2 * _kl(teacher_log, student_log).mean()
 
@@ -41,6 +42,7 @@ def top_k(
     `weighted`: weights softmax of the paths' teacher scores instead of 1/k (Wang et al. 2020, Top-WK). A sentence with fewer than
     k legal paths uses those it has. One partition however large k: sum_j w_j s(y^(j)) is the score of the expected label counts.
     """
+    _check(student, teacher)
     with torch.no_grad():
         paths, scores = teacher_crf.k_best(teacher, mask, k)
         weights = scores if weighted else scores.masked_fill(scores > NEG_INF, 0)
@@ -69,6 +71,7 @@ def posterior(
     Eq. 9 prints the cross entropy; KL has the same gradient and is 0 when the student is the teacher. The temperature is applied
     to both sides' marginals afterwards, as Wang et al. (2020) do.
     """
+    _check(student, teacher, temperature)
     with torch.no_grad():
         teacher_log = teacher_crf.log_marginals(teacher, mask)[mask] / temperature
     student_log = crf.log_marginals(student, mask)[mask] / temperature
@@ -89,6 +92,7 @@ def structural(
 
     Eq. 10 prints the cross entropy; KL has the same gradient and is 0 when the student is the teacher (Wang et al. 2021).
     """
+    _check(student, teacher, temperature)
     with torch.no_grad():
         unary, pairwise = teacher_crf.marginals(teacher, mask, temperature)
         entropy = teacher_crf.log_partition(teacher, mask, temperature)
@@ -106,7 +110,15 @@ def mix(gold: Tensor, distilled: Tensor, alpha: float) -> Tensor:
 
 
 def _kl(teacher_log: Tensor, student_log: Tensor) -> Tensor:
-    """KL per row of log probabilities; a label that the teacher excludes costs nothing."""
-    impossible = teacher_log == NEG_INF
+    """KL per row of log probabilities; a label that the teacher excludes, or that underflows to 0, costs nothing."""
+    impossible = teacher_log.exp() == 0
     gap = teacher_log.masked_fill(impossible, 0) - student_log.masked_fill(impossible, 0)
     return (teacher_log.exp() * gap).sum(-1)
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
+    """ValueError unless student and teacher score the same words and labels, at a temperature above 0."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"expected student and teacher scores of one shape, got {list(student.shape)} and {list(teacher.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected more than 0, got {temperature}")

@@ -6,6 +6,7 @@ Teacher grey, student alone blue, distilled orange and its neighbours: a method 
 import json
 import platform
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import kdlib
 from kdlib import cache, metrics
 from kdlib.data import ROOT
 from kdlib.labels import Span
@@ -45,7 +47,13 @@ def save(stem: Path, table: pd.DataFrame, caption: str, figure: Figure | None = 
     index = stem.parent / "index.json"
     with cache.locked(cache.folder() / "figures"):
         entries = json.loads(index.read_text(encoding="utf8")) if index.exists() else {}
-        entries[stem.name] = {"caption": caption, "figure": figure is not None, "seeds": seeds, "machine": machine()}
+        entries[stem.name] = {
+            "caption": caption,
+            "figure": figure is not None,
+            "seeds": seeds,
+            "machine": machine(),
+            "code": code(),
+        }
         cache.write_text(index, json.dumps(dict(sorted(entries.items())), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -56,8 +64,17 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def code() -> str:
+    """The commit that drew this, '+' if files had changed since; kdlib's version outside a checkout."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return f"kdlib {kdlib.__version__}"
+
+
 def gallery(figures: Path = ROOT / "figures") -> None:
-    """Write figures/README.md: every figure and table with its caption, data set, seeds, machine and notebook."""
+    """Write figures/README.md: every figure and table with its caption, data set, seeds, machine, commit and notebook."""
     lines = ["# Figures and tables", "", "Written by `python -m kdlib.study`; do not edit."]
     for index in sorted(figures.glob("*/index.json")):
         lines += ["", f"## {index.parent.name}"]
@@ -66,7 +83,9 @@ def gallery(figures: Path = ROOT / "figures") -> None:
             drawn = f" · drawn by [{sources[0].stem}](../notebooks/{sources[0].name})" if sources else ""
             lines += ["", f"**{stem}** · {entry['caption']}", ""]
             lines += [f"![{stem}]({index.parent.name}/{stem}.svg)", ""] if entry["figure"] else []
-            lines += [f"[{stem}.csv]({index.parent.name}/{stem}.csv) · seeds: {entry['seeds']} · {entry['machine']}{drawn}"]
+            lines += [
+                f"[{stem}.csv]({index.parent.name}/{stem}.csv) · seeds: {entry['seeds']} · {entry['machine']} · code {entry['code']}{drawn}"
+            ]
     cache.write_text(figures / "README.md", "\n".join(lines) + "\n")
 
 

@@ -19,14 +19,15 @@ from pathlib import Path
 from kdlib.cache import write_text
 from kdlib.labels import Span, split_tag, to_iob2, to_spans
 
+LABEL_KEYS = ("ner_tags", "ner", "entities", "tags", "labels", "spans")
 WORD = re.compile(r"\w+(?:[-_]\w+)*|[^\w\s]")
 
 
 class DataError(ValueError):
     """A file that is not what it should be: where, expected, got."""
 
-    def __init__(self, path: Path, line: int | None, expected: str, got: object) -> None:
-        where = f"{path}:{line}" if line else str(path)
+    def __init__(self, path: Path, at: int | str | None, expected: str, got: object) -> None:
+        where = f"{path}:{at}" if isinstance(at, int) else f"{path}, {at}" if at else str(path)
         super().__init__(f"{where}: expected {expected}, got {str(got)[:120]!r}")
 
 
@@ -56,20 +57,20 @@ def read(path: str | Path, types: Sequence[str] | None = None, clean: Callable[[
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        sentences = _read_json_lines(path)
+        found = _read_json_lines(path, types)
     elif path.suffix == ".json":
-        sentences = _read_json(path)
+        found = _read_json(path, types)
     else:
-        sentences = _read_conll(path, clean)
-    found = []
-    for line, sentence in sentences:
-        for span in sentence.spans or ():
-            if types is not None and span.type not in types:
-                raise DataError(path, line, f"an entity type among {sorted(types)}", span.type)
-        found.append(sentence)
-    if not found:
-        raise DataError(path, None, "at least one sentence", "an empty file")
-    return found
+        found = _read_conll(path, types, clean)
+    sentences = list(found)
+    if not sentences:
+        raise DataError(path, None, "at least one sentence", "none")
+    return sentences
+
+
+def _check_type(path: Path, at: int | str, kind: str, types: Sequence[str] | None) -> None:
+    if types is not None and kind not in tuple(types):
+        raise DataError(path, at, f"an entity type among {sorted(types)}", kind)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -85,42 +86,45 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             raise DataError(path, number, "UTF-8", raw[error.start : error.start + 8]) from None
 
 
-def _read_conll(path: Path, clean: Callable[[str], str]) -> Iterator[tuple[int, Sentence]]:
-    words, tags, columns, start = [], [], None, 0
+def _read_conll(path: Path, types: Sequence[str] | None, clean: Callable[[str], str]) -> Iterator[Sentence]:
+    words, tags, columns = [], [], None
     for number, line in (*_lines(path), (0, "")):
-        fields = re.split("\t" if "\t" in line else " +", line.strip(" "))
-        if not line.strip(" \t") or fields[0] == "-DOCSTART-":
+        fields = [field.strip(" ") for field in re.split("\t" if "\t" in line else " +", line.strip(" "))]
+        if not any(fields) or fields[0] == "-DOCSTART-":
             if words:
-                yield start, Sentence(tuple(words), to_spans(tags))
+                yield Sentence(tuple(words), to_spans(tags))
             words, tags = [], []
             continue
         columns = columns or len(fields)
+        if "\r" in line:
+            raise DataError(path, number, "lines that end in a newline", line)
         if len(fields) != columns or columns < 2:
             raise DataError(path, number, f"{max(columns, 2)} columns, word first and tag last", line)
-        start = start if words else number
-        words.append(clean(fields[0]))
-        tags.append(fields[-1].strip())
+        words.append(fields[0] and clean(fields[0]))
+        tags.append(fields[-1])
         if not words[-1]:
             raise DataError(path, number, "a word in the first column", line)
         try:
-            split_tag(tags[-1])
+            _, kind = split_tag(tags[-1])
         except ValueError:
             raise DataError(path, number, "a tag such as O, B-PER, I-PER, S-PER or E-PER", tags[-1]) from None
+        if kind:
+            _check_type(path, number, kind, types)
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Sentence]]:
+def _read_json_lines(path: Path, types: Sequence[str] | None) -> Iterator[Sentence]:
     for number, line in _lines(path):
         if line.strip():
-            yield number, _sentence(path, number, _parse(path, number, line))
+            yield _sentence(path, number, _parse(path, number, line), types)
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, Sentence]]:
+def _read_json(path: Path, types: Sequence[str] | None) -> Iterator[Sentence]:
     text = "\n".join(line for _, line in _lines(path))
     records = _parse(path, None, text) if text.strip() else []
     if not isinstance(records, list):
         raise DataError(path, None, "a JSON list of sentences", type(records).__name__)
     for position, item in enumerate(records, 1):
-        yield position, _sentence(path, position, item)
+        yield _sentence(path, f"sentence {position}", item, types)
 
 
 def _parse(path: Path, line: int | None, text: str) -> object:
@@ -128,19 +132,35 @@ def _parse(path: Path, line: int | None, text: str) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(path, line or error.lineno, f"JSON ({error.msg})", text[error.pos : error.pos + 40]) from None
+    except (RecursionError, ValueError) as error:  # nested too deep, a number too long
+        raise DataError(path, line, f"JSON of a sentence ({error})", text[:40]) from None
 
 
-def _sentence(path: Path, line: int, item: object) -> Sentence:
-    """One sentence of a JSON file; in a list, `line` is the sentence's position."""
-    shapes = {"tokens": _from_tags, "tokenized_text": _from_word_spans, "text": _from_character_spans}
-    make = next((make for key, make in shapes.items() if isinstance(item, dict) and key in item), None)
-    if make is None:
-        raise DataError(path, line, "an object with tokens, tokenized_text or text", json.dumps(item))
+def _sentence(path: Path, at: int | str, item: object, types: Sequence[str] | None) -> Sentence:
+    """One sentence of a JSON file: the key of its words says which of the three shapes it has."""
+    shapes = {
+        "tokens": (_from_tags, "ner_tags"),
+        "tokenized_text": (_from_word_spans, "ner"),
+        "text": (_from_character_spans, "entities"),
+    }
+    present = [key for key in shapes if isinstance(item, dict) and key in item]
+    if len(present) != 1:
+        raise DataError(path, at, "an object with one of tokens, tokenized_text and text", json.dumps(item))
+    make, labels = shapes[present[0]]
+    stray = [key for key in LABEL_KEYS if key in item and key != labels]
+    if stray:  # read as text without labels, they would be lost
+        raise DataError(path, at, f"the labels of {present[0]} under {labels!r}", stray[0])
     try:
-        return make(item)
+        sentence = make(item)
+        " ".join(sentence.tokens).encode("utf8")
+    except UnicodeEncodeError:
+        raise DataError(path, at, "words of whole Unicode characters", ascii(sentence.tokens)) from None
     except ValueError as error:
         expected, _, got = str(error).removeprefix("expected ").partition(", got ")
-        raise DataError(path, line, expected, got) from None
+        raise DataError(path, at, expected, got) from None
+    for span in sentence.spans or ():
+        _check_type(path, at, span.type, types)
+    return sentence
 
 
 def _words(tokens: object) -> tuple[str, ...]:
@@ -151,7 +171,13 @@ def _words(tokens: object) -> tuple[str, ...]:
 
 def _triples(spans: object) -> list[tuple[int, int, str]]:
     def fits(s: object) -> bool:
-        return isinstance(s, list) and len(s) == 3 and type(s[0]) is type(s[1]) is int and isinstance(s[2], str) and bool(s[2])
+        return (
+            isinstance(s, list)
+            and len(s) == 3
+            and type(s[0]) is type(s[1]) is int
+            and isinstance(s[2], str)
+            and s[2] == s[2].strip() != ""
+        )
 
     if not isinstance(spans, list) or not all(map(fits, spans)):
         raise ValueError(f"expected entities as [number, number, type], got {json.dumps(spans)}")
@@ -199,10 +225,10 @@ def _from_character_spans(item: dict) -> Sentence:
 
 
 def write_json_lines(path: Path, sentences: Iterable[Sentence]) -> None:
-    """Sentences as JSON lines, one a line, labels as IOB2; read back by `read`."""
+    """Sentences as JSON lines, one a line, labels as IOB2, read back by `read`; ValueError for words that it would refuse."""
 
     def line(s: Sentence) -> str:
-        item = {"tokens": list(s.tokens)} | ({} if s.spans is None else {"ner_tags": s.tags})
+        item = {"tokens": list(_words(list(s.tokens)))} | ({} if s.spans is None else {"ner_tags": s.tags})
         return json.dumps(item, ensure_ascii=False)
 
     write_text(Path(path), "".join(line(s) + "\n" for s in sentences))

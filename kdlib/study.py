@@ -6,7 +6,6 @@ parameters is not run again. One that fails is reported with its cell and error,
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
 from kdlib import cache, experiments, plots
-from kdlib.data import ROOT, locate
+from kdlib.data import NAMES, ROOT, locate
 
 BUILD = ROOT / "build"
 TRANSPORT = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})  # TCP ports clash now and then
@@ -32,6 +31,8 @@ PROFILES = ("default", "quick", "full")
 
 class _Reporting(NBClientEngine):
     """Papermill's own engine, which also says which cell it is in."""
+
+    at = 0
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
@@ -101,7 +102,7 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
 
 def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
     """Execute one notebook into `out`; unknown parameters are errors. PapermillExecutionError names a failing cell."""
-    parameters = check(stem, parameters)
+    parameters, _Reporting.at = check(stem, parameters), 0
     source = ROOT / "notebooks" / f"{stem}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     notebook = nbformat.read(source, 4)
@@ -123,25 +124,37 @@ def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
     return out
 
 
-def run_all(stems: list[str], profile: str, extra: Mapping[str, Any], force: bool) -> list[str]:
-    """Run the named notebooks, or all; returns what failed, one line each."""
-    rows, failures = study(), []
+def planned(stems: list[str], profile: str, extra: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Run name -> (notebook, checked parameters), everything checked before anything runs; ValueError for what does not fit."""
+    rows = study()
+    runs = {}
     for stem in stems:
-        for i, parameters in enumerate(rows[stem][profile]):
-            parameters = check(stem, parameters | dict(extra))
+        for i, parameters in enumerate(rows[stem].get(profile, [])):
             name = f"{stem}.{profile}" + (f".{i + 1}" if i else "")
-            out, stamp = BUILD / f"{name}.ipynb", BUILD / f"{name}.json"
-            content = key(stem, parameters)
-            if not force and stamp.exists() and json.loads(stamp.read_text(encoding="utf8")) == content:
-                print(f"{name:42} nothing has changed since it ran: skipped (--force runs it)", flush=True)
-                continue
-            try:
-                run(stem, parameters, out)
-                cache.write_text(stamp, json.dumps(content))
-            except pm.PapermillExecutionError as error:
-                failures.append(f"{name}: cell {error.cell_index}: {error.ename}: {error.evalue} (see {out})")
-            except Exception as error:  # a dead kernel, say: reported like a failing cell, and the others still run
-                failures.append(f"{name}: {type(error).__name__}: {error} (see {out})")
+            parameters = check(stem, parameters | dict(extra))
+            if parameters.get("dataset", "demo") not in NAMES:
+                parameters["dataset"] = str(Path(parameters["dataset"]).absolute())  # notebooks run in their own folder
+            runs[name] = stem, parameters
+    return runs
+
+
+def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list[str]:
+    """Run what was planned; returns what failed, one line each."""
+    failures = []
+    for name, (stem, parameters) in runs.items():
+        out, stamp = BUILD / f"{name}.ipynb", BUILD / f"{name}.key"
+        content = key(stem, parameters)
+        if not force and out.exists() and stamp.exists() and stamp.read_text(encoding="utf8") == content:
+            print(f"{name:42} nothing has changed since it ran: skipped (--force runs it)", flush=True)
+            continue
+        stamp.unlink(missing_ok=True)
+        try:
+            run(stem, parameters, out)
+            cache.write_text(stamp, content)
+        except pm.PapermillExecutionError as error:
+            failures.append(f"{name}: cell {error.cell_index}: {error.ename}: {error.evalue} (see {out})")
+        except Exception as error:  # a dead kernel, say: reported like a failing cell, and the others still run
+            failures.append(f"{name}: {type(error).__name__}: {error} (see {out})")
     plots.gallery()
     update_readme(ROOT / "README.md")
     return failures
@@ -187,10 +200,16 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="run again what has not changed")
     args = parser.parse_args()
     try:
+        wrong = [pair for pair in args.set if "=" not in pair]
+        if wrong:
+            raise ValueError(f"--set: expected NAME=VALUE, got {wrong[0]!r}")
         extra = dict(pair.split("=", 1) for pair in args.set)
-        failures = run_all(matching(args.notebooks, list(study())), args.profile, extra, args.force)
-    except ValueError as error:
+        runs = planned(matching(args.notebooks, list(study())), args.profile, extra)
+        for stem, parameters in runs.values():
+            key(stem, parameters)  # finds the data, or says what is missing
+    except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    failures = run_all(runs, args.force)
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -18,6 +18,6 @@ def with_teacher(data: Encoded, teacher: Tagger) -> Encoded:
     """
     if data.labels != teacher.labels:
         raise ValueError(f"expected a teacher with the labels {data.labels}, got {teacher.labels}")
-    key = cache.digest("emissions", teacher, data.windows)
+    key = cache.digest("emissions", teacher, data.windows, data.firsts)
     stored = cache.tensors("emissions", key, lambda: {str(i): e for i, e in enumerate(teacher.emissions(data))})
     return replace(data, teacher=[stored[str(i)] for i in range(len(data))])

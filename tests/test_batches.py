@@ -1,7 +1,8 @@
+import pytest
 import torch
 from conftest import SENTENCES, tagger
 
-from kdlib import batches
+from kdlib import batches, cache
 from kdlib.data import Sentence
 
 
@@ -53,8 +54,16 @@ def test_batches_hold_sentences_of_like_length(tiny):
     assert waste < 0.05 * sum(lengths)
 
 
-def test_a_tag_that_is_no_label(tiny):
-    import pytest
+def test_windows_without_room_for_a_word_are_refused(tiny):
+    with pytest.raises(ValueError, match="max_pieces: expected room for a word beside 2 special pieces, got 2"):
+        encode(tiny, SENTENCES, max_pieces=2)
 
+
+def test_the_same_pieces_in_other_words_are_other_content(tiny):
+    one, two = (encode(tiny, [Sentence(words)]) for words in (("a.b", "c"), ("a", ".", "b", "c")))
+    assert one.windows == two.windows and cache.digest(one.content()) != cache.digest(two.content())
+
+
+def test_a_tag_that_is_no_label(tiny):
     with pytest.raises(ValueError, match=r"expected tags among .*B-PER"):
         batches.encode(SENTENCES, tiny.tokenizer, ["O", "B-LOC"], 24)

@@ -5,15 +5,17 @@ import sys
 import pytest
 import torch
 
-from kdlib import cache
+from kdlib import backbones, cache
+from kdlib.crf import LinearChainCRF
+from kdlib.labels import legal_iob2
 from kdlib.train import Settings
 
 
 def test_digests_tell_contents_apart():
-    values = [
-        None, 0, 0.0, False, "0", "", [], [[]], [0], [0, 0], {"a": 1}, {"a": 2}, {"b": 1}, ("a", "b"), ("ab",), Settings(), Settings(seed=1),
-        torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, dtype=torch.double), torch.zeros(0), torch.tensor([0.0, -0.0]), torch.tensor([1.0, 2.0]),
-    ]  # fmt: skip
+    plain = [None, 0, 0.0, False, "0", "", ("a", "b"), ("ab",), Settings(), Settings(seed=1)]
+    nested = [[], [[]], [0], [0, 0], {}, {"a": 1}, {"a": 2}, {"b": 1}, [("a", 1)]]
+    tensors = [torch.zeros(2), torch.zeros(2, 1), torch.zeros(2).double(), torch.zeros(0), torch.tensor([0.0, -0.0])]
+    values = [*plain, *nested, *tensors]
     digests = [cache.digest(v) for v in values]
     assert len(set(digests)) == len(values)
     assert cache.digest({"a": 1, "b": [2]}) == cache.digest({"b": [2], "a": 1})
@@ -29,6 +31,18 @@ def test_modules_are_their_weights():
     with torch.no_grad():
         layer.bias[0] += 1e-6
     assert cache.digest(layer) != before
+
+
+def test_modules_are_their_shape_too():
+    def same_weights(module):
+        for p in module.parameters():
+            torch.nn.init.zeros_(p)
+        return cache.digest(module)
+
+    assert same_weights(torch.nn.Dropout(0.1)) != same_weights(torch.nn.Dropout(0.9))
+    assert same_weights(backbones.from_scratch(9, 8, 1, heads=2)) != same_weights(backbones.from_scratch(9, 8, 1, heads=4))
+    assert same_weights(backbones.from_scratch(9, 8, 1, heads=2)) == same_weights(backbones.from_scratch(9, 8, 1, heads=2))
+    assert same_weights(LinearChainCRF(3)) != same_weights(LinearChainCRF(3, legal_iob2(["O", "B-X", "I-X"])))
 
 
 def test_an_entry_is_made_once_and_a_failed_one_leaves_nothing(tmp_path):
@@ -57,7 +71,9 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
 
 MAKE = """
 import pathlib, sys, time, torch
-from kdlib import cache
+from kdlib import backbones, cache
+from kdlib.crf import LinearChainCRF
+from kdlib.labels import legal_iob2
 def make():
     with open(sys.argv[1], "a") as log: log.write("made\\n")
     time.sleep(0.5)

@@ -134,6 +134,27 @@ def test_constrained_partition_survives_forced_detours():
     torch.testing.assert_close(crf.constrained_log_partition(emissions, allowed, mask), only)
 
 
+def test_legality_that_forces_long_detours_is_computed_in_log_space():
+    legal = torch.ones(3).bool(), torch.eye(3).bool(), torch.tensor([False, True, True])
+    crf = LinearChainCRF(3, legal)
+    for p in crf.parameters():
+        torch.nn.init.zeros_(p)
+    emissions = torch.tensor([[[0.0, -29.0, -15.0]] * 4 + [[-29.0, 0.0, -29.0]] * 4])
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    torch.testing.assert_close(crf.log_partition(emissions, mask), torch.tensor([-116.0]))
+    assert crf.log_prob(emissions, crf.viterbi(emissions, mask), mask) <= 0
+
+
+def test_a_sentence_without_a_legal_path_spoils_no_other():
+    crf, emissions, mask = chain()
+    allowed = torch.ones(emissions.shape, dtype=torch.bool)
+    allowed[0, 1] = False
+    found = crf.constrained_log_partition(emissions, allowed, mask)
+    assert found[0] == float("-inf") and found[1:].isfinite().all()
+    found[1:].sum().backward()
+    assert (emissions.grad[0] == 0).all() and emissions.grad.isfinite().all() and crf.transitions.grad.isfinite().all()
+
+
 @cases
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_kl_equals_enumeration(legal, temperature):
@@ -236,6 +257,8 @@ def test_padding_changes_nothing_and_inputs_are_not_mutated(legal):
         (lambda e, m: (e, m.float()), "mask: expected bool"),
         (lambda e, m: (e, m[:, :-1]), "mask: expected bool"),
         (lambda e, m: (e, m.flip(1)), "start with a word"),
+        (lambda e, m: (e[:0], m[:0]), "nowhere 0"),
+        (lambda e, m: (e, m, 0.0), "temperature: expected more than 0"),
     ],
 )
 def test_wrong_shapes_are_refused(change, message):

@@ -60,11 +60,11 @@ BAD = {
     "another number of columns": ("x.conll", "a X O\nb O\n", r"x.conll:2: expected 3 columns"),
     "no tag": ("x.conll", "a O\nb X-PER\n", r"x.conll:2: expected a tag.*got 'X-PER'"),
     "no word": ("x.tsv", "a\tO\n\tO\n", r"x.tsv:2: expected a word"),
-    "empty": ("x.conll", "", r"x.conll: expected at least one sentence, got 'an empty file'"),
+    "empty": ("x.conll", "", r"x.conll: expected at least one sentence, got 'none'"),
     "only headers": ("x.conll", "-DOCSTART- O\n\n", r"at least one sentence"),
     "not UTF-8": ("x.conll", b"a O\n\xff\xfe O\n", r"x.conll:2: expected UTF-8"),
     "not JSON": ("x.jsonl", '{"tokens": ["a"]}\n{"tokens": \n', r"x.jsonl:2: expected JSON"),
-    "another object": ("x.jsonl", '{"words": ["a"]}', r"x.jsonl:1: expected an object with tokens"),
+    "another object": ("x.jsonl", '{"words": ["a"]}', r"x.jsonl:1: expected an object with one of tokens"),
     "too few tags": (
         "x.jsonl",
         '{"tokens": ["a", "b"], "ner_tags": ["O"]}',
@@ -75,7 +75,7 @@ BAD = {
     "words span outside": (
         "x.json",
         '[{"tokenized_text": ["a"], "ner": [[0, 1, "X"]]}]',
-        r"x.json:1: expected a span within the 1 words",
+        r"x.json, sentence 1: expected a span within the 1 words",
     ),
     "span backwards": ("x.json", '[{"tokenized_text": ["a", "b"], "ner": [[1, 0, "X"]]}]', r"expected a span within"),
     "character span outside": (
@@ -85,8 +85,23 @@ BAD = {
     ),
     "span within a word": ("x.json", '[{"text": "abc d", "entities": [[1, 3, "X"]]}]', r"starts and ends with a word, got"),
     "odd span": ("x.json", '[{"text": "abc", "entities": [[true, 3, "X"]]}]', r"expected entities as"),
+    "labels of another shape": (
+        "x.jsonl",
+        '{"tokens": ["a"], "ner": [[0, 0, "X"]]}',
+        r"x.jsonl:1: expected the labels of tokens under 'ner_tags', got 'ner'",
+    ),
+    "labels under a name nobody knows": (
+        "x.json",
+        '[{"text": "a", "spans": []}]',
+        r"the labels of text under 'entities', got 'spans'",
+    ),
+    "two shapes at once": ("x.jsonl", '{"tokens": ["a"], "text": "a"}', r"with one of tokens, tokenized_text and text"),
+    "half a character": ("x.jsonl", '{"tokens": ["\\ud800"]}', r"x.jsonl:1: expected words of whole Unicode characters"),
+    "nested without end": ("x.jsonl", "[" * 100_000, r"x.jsonl:1: expected JSON"),
+    "a tag with blanks": ("x.jsonl", '{"tokens": ["a"], "ner_tags": ["B-X "]}', r"expected a tag such as .*got"),
+    "old Macintosh lines": ("x.conll", "a O\rb O\r", r"x.conll:1: expected lines that end in a newline"),
     "not a list": ("x.json", '{"text": "abc"}', r"expected a JSON list"),
-    "an unknown type": ("x.conll", "a O\n\nb B-XYZ\n", r"x.conll:3: expected an entity type among \['LOC'\], got 'XYZ'"),
+    "an unknown type": ("x.conll", "a O\n\nb O\nc B-XYZ\n", r"x.conll:4: expected an entity type among \['LOC'\], got 'XYZ'"),
 }
 
 
@@ -105,6 +120,8 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_written_sentences_are_read_back(tmp_path):
     data.write_json_lines(tmp_path / "x.jsonl", [SENTENCE, Sentence(("text",))])
     assert data.read(tmp_path / "x.jsonl") == [SENTENCE, Sentence(("text",))]
+    with pytest.raises(ValueError, match="words that are not empty"):
+        data.write_json_lines(tmp_path / "x.jsonl", [Sentence(("a", ""))])
 
 
 def named(folder, name, files):
@@ -137,7 +154,13 @@ def test_a_folder_of_ones_own(tmp_path):
     loaded = data.load(str(tmp_path / "mine"))
     assert loaded.name == "mine" and loaded.types == ["X", "Y"] and loaded.dev[0].tokens == ("b",)
     (tmp_path / "mine" / "test.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="expected files named train"):
+    with pytest.raises(FileNotFoundError, match="expected one file named test, got none"):
+        data.load(str(tmp_path / "mine"))
+    (tmp_path / "mine" / "dev.conll").rename(tmp_path / "mine" / "valid.txt")
+    (tmp_path / "mine" / "test.conll").write_text("c B-Y\n")
+    assert data.load(str(tmp_path / "mine")).dev[0].tokens == ("b",)
+    (tmp_path / "mine" / "test.bak").write_text("c B-Y\n")
+    with pytest.raises(FileNotFoundError, match=r"one file named test, got \['test.bak', 'test.conll'\]"):
         data.load(str(tmp_path / "mine"))
 
 
@@ -146,7 +169,7 @@ def test_a_set_that_nobody_has_names_what_would_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match=r"KDLIB_DATA/conll2003.*pip install datasets"):
         data.load("conll2003")
-    with pytest.raises(FileNotFoundError, match=r"no data set 'conl': expected demo"):
+    with pytest.raises(FileNotFoundError, match=r"no data set 'conl': expected one of .*'demo'"):
         data.load("conl")
 
 

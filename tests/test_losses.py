@@ -180,3 +180,13 @@ def test_mix():
     for alpha in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="alpha"):
             losses.mix(gold, distilled, alpha)
+
+
+@each
+def test_scores_of_other_labels_and_bad_temperatures_are_refused(loss):
+    crf, student, teacher_crf, teacher, mask = pair()
+    with pytest.raises(ValueError, match=r"scores of one shape, got \[3, 5, 4\] and \[3, 5, 3\]"):
+        loss(crf, student, teacher_crf, teacher[..., :3], mask)
+    for soft in (losses.posterior, losses.structural, soft_targets):
+        with pytest.raises(ValueError, match="temperature: expected more than 0, got -2"):
+            soft(crf, student, teacher_crf, teacher, mask, temperature=-2)

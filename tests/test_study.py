@@ -115,6 +115,9 @@ def test_a_failing_notebook_is_reported_and_the_others_run(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["study", "02", "--set", "x=5", "--force"])
     study.main()
     assert (tmp_path / "log").read_text() == "155"
+    monkeypatch.setattr(sys, "argv", ["study", "01"])
+    study.main()
+    assert study.main() == 1, "a failed notebook is never 'unchanged'"
     (tmp_path / "kdlib" / "new.py").write_text("y = 1")
     monkeypatch.setattr(sys, "argv", ["study", "02", "--set", "x=5"])
     study.main()
@@ -123,7 +126,12 @@ def test_a_failing_notebook_is_reported_and_the_others_run(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["07"], "no notebook '07'"), (["03", "--set", "nope=1"], "declares no parameter"), (["--set", "x"], "")],
+    [
+        (["07"], "no notebook '07'"),
+        (["03", "--set", "nope=1"], "declares no parameter"),
+        (["--set", "x"], "expected NAME=VALUE, got 'x'"),
+        (["03", "--set", "dataset=no"], "no data set"),
+    ],
 )
 def test_the_command_line_refuses_what_it_does_not_know(arguments, message):
     done = subprocess.run([sys.executable, "-m", "kdlib.study", *arguments], capture_output=True, text=True, cwd=study.ROOT)
