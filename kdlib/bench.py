@@ -23,16 +23,16 @@ SHAPES = ((32, 30, 9), (32, 128, 9), (64, 50, 23), (16, 128, 37))
 
 
 def side_by_side(ours: Callable[[], object], peer: Callable[[], object], seconds: float = 6.0) -> tuple[float, float]:
-    """Median milliseconds of each, taken in turns after two warm-up rounds, for about `seconds` and at least three rounds."""
+    """Median milliseconds of each, taken in turns after a warm-up round, for about `seconds` and at least three rounds."""
     taken: list[tuple[float, float]] = []
     began = time.perf_counter()
-    while len(taken) < 5 or (time.perf_counter() - began < seconds and len(taken) < 200):
+    while len(taken) < 4 or (time.perf_counter() - began < seconds and len(taken) < 200):
         start = time.perf_counter()
         ours()
         between = time.perf_counter()
         peer()
         taken.append((between - start, time.perf_counter() - between))
-    return tuple(1000 * statistics.median(column) for column in zip(*taken[2:], strict=True))
+    return tuple(1000 * statistics.median(column) for column in zip(*taken[1:], strict=True))
 
 
 def _potentials(crf: LinearChainCRF, emissions: Tensor, lengths: Tensor) -> Tensor:

@@ -65,10 +65,15 @@ def machine() -> str:
 
 
 def code() -> str:
-    """The commit that drew this, '+' if files had changed since; kdlib's version outside a checkout."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude=*"]
+    """The commit that drew this, '+' if its code had been changed since; kdlib's version outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+" if git("status", "--porcelain", "kdlib", "notebooks", "data") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return f"kdlib {kdlib.__version__}"
 
@@ -133,7 +138,7 @@ def differences(axes: Axes, compared: pd.DataFrame) -> None:
         reach = [[row.difference - row.low], [row.high - row.difference]]
         axes.errorbar(row.difference, place, xerr=reach, fmt="o", color=colour, capsize=3)
         axes.plot([row.seeds_low, row.seeds_high], [place - 0.2] * 2, color=colour, alpha=0.5)
-    axes.set_yticks(range(len(compared)), compared["method"][::-1])
+    axes.set_yticks(range(len(compared)), (compared["method"] + " − " + compared["against"])[::-1])
     axes.set_ylim(-0.6, len(compared) - 0.4)
 
 
