@@ -249,6 +249,25 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(out).set_index("method")
 
 
+def closer_look(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
+    """Means over seeds, in percent: F1 as seqeval counts by default and strictly, agreement with the teacher, F1 of each type.
+
+    Agreement takes the entities of the run's own teacher as gold; NaN where that teacher is not among the results.
+    """
+    results = list(results)
+    teachers_of = {r.seed: r.predicted for r in results if r.method == "teacher"}
+    rows = []
+    for r in results:
+        teacher = teachers_of.get(r.seed, next(iter(teachers_of.values())) if len(teachers_of) == 1 else None)
+        kinds = metrics.per_type(parts.test, r.predicted)
+        rows.append(
+            {"method": r.method, "f1": kinds.pop("all")["f1"], "strict f1": metrics.scores(parts.test, r.predicted, True)["f1"]}
+            | {"agreement with teacher": float("nan") if teacher is None else metrics.agreement(r.predicted, teacher)}
+            | {kind: kinds[kind]["f1"] for kind in sorted(kinds)}
+        )
+    return pd.DataFrame(rows).groupby("method", sort=False).mean().reset_index()
+
+
 def compare(results: Sequence[Run], parts: Parts, baseline: str = "student alone") -> pd.DataFrame:
     """F1 of each method minus the baseline's, seed by seed: how sure is it?
 
