@@ -142,6 +142,10 @@ def test_tables(protocol, parts, capsys):
     assert list(compared["method"]) == ["teacher", "top-k", "weighted top-k"]
     expected = summary.loc["top-k", "f1"] - summary.loc["student alone", "f1"]
     assert compared.set_index("method").loc["top-k", "difference"] == pytest.approx(expected, abs=1e-2)
+    closer = experiments.closer_look(results, parts).set_index("method")
+    assert closer.loc["teacher", "agreement with teacher"] in (0.0, 100.0)  # 0 if it found no entity at all
+    assert closer["f1"].tolist() == pytest.approx(closer["strict f1"].tolist()) == pytest.approx(summary["f1"].tolist(), abs=1e-3)
+    assert {"LOC", "PER"} <= set(closer)
     mass = experiments.mass_of_k_best(experiments.trained_teacher(protocol, parts, 0)[0], parts.test, [1, 3, 200])
     assert list(mass["k"]) == [1, 3, 200]
     assert (mass[mass.columns[1:]].diff().dropna() >= -1e-6).all().all() and mass.iloc[-1, 1:].max() <= 1 + 1e-5
