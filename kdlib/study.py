@@ -97,6 +97,8 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
     files = [ROOT / "notebooks" / f"{stem}.ipynb", *sorted((ROOT / "kdlib").glob("*.*"))]
     if "dataset" in used:
         files += filter(None, locate(used["dataset"].strip("'\"")))
+    if "tables" in used:
+        files += sorted((ROOT / "figures").glob("*/[0-9][0-9]_table*.csv"))  # what other notebooks have left to read
     return cache.digest(used, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
 
 
