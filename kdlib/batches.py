@@ -6,6 +6,7 @@ the encoder takes is read in several windows, cut between words, and put togethe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,17 @@ class Batch:
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if v is not None})
 
 
+class Rows(Protocol):
+    """What training needs of sentences as numbers: how many words each has, and any of them as one padded batch."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each sentence."""
+
+    def collate(self, rows: Sequence[int]) -> Any:
+        """The given sentences as a batch, which has `.to(device)`."""
+
+
 @dataclass
 class Encoded:
     """Sentences as numbers, padded only when batched: one list entry a sentence."""
@@ -49,9 +61,10 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.windows)
 
-    def words(self) -> int:
-        """Words in all."""
-        return sum(map(len, self.firsts))
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each sentence."""
+        return [len(first) for first in self.firsts]
 
     def content(self) -> list:
         """What a digest needs to know these sentences."""
@@ -131,20 +144,21 @@ def _word_pieces(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
     return [p or [tokenizer.unk_token_id] for p in pieces]
 
 
-def order(data: Encoded, size: int, seed: int) -> list[list[int]]:
+def order(data: Rows, size: int, seed: int) -> list[list[int]]:
     """Rows in batches of `size` sentences: shuffled by `seed`, sentences of like length together, batches shuffled again."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(data), generator=generator).tolist()
+    lengths, generator = data.lengths, torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(lengths), generator=generator).tolist()
     pool = 50 * size
     batches = []
     for i in range(0, len(rows), pool):
-        alike = sorted(rows[i : i + pool], key=lambda r: len(data.firsts[r]))
+        alike = sorted(rows[i : i + pool], key=lengths.__getitem__)
         batches += [alike[j : j + size] for j in range(0, len(alike), size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def in_turn(data: Encoded, size: int = 64) -> Iterator[tuple[list[int], Batch]]:
+def in_turn(data: Rows, size: int = 64) -> Iterator[tuple[list[int], Any]]:
     """Every sentence once, long ones first, with its row numbers: for prediction."""
-    rows = sorted(range(len(data)), key=lambda r: -len(data.firsts[r]))
+    lengths = data.lengths
+    rows = sorted(range(len(lengths)), key=lambda r: -lengths[r])
     for i in range(0, len(rows), size):
         yield rows[i : i + size], data.collate(rows[i : i + size])

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
+
 from kdlib.labels import to_spans
-from kdlib.readers import DataError, Sentence, read, write_json_lines
+from kdlib.readers import DataError, Sentence, read, tidy_passages, write_json_lines
 
 __all__ = ["DataError", "Dataset", "Sentence", "load", "locate", "read", "write_json_lines"]
 SPLITS = ("train", "dev", "test")
@@ -50,11 +52,13 @@ SOURCES = {
     ),
 }
 
-NAMES = ("demo", "demo-fine", *SOURCES)
+OPEN = {"gliner": ("gliner/medical", None), "pile-mistral": ("pile-mistral", "urchade/pile-mistral-v0.1")}  # folder, hub name
+NAMES = ("demo", "demo-fine", *SOURCES, *OPEN)
+LONGEST = 80  # words kept of a passage with open types
 
 
 def load(name: str) -> Dataset:
-    """A data set by name (`demo`, `demo-fine`, one of SOURCES), or a folder of the user's own with train, dev and test files.
+    """A data set by name (`demo`, `demo-fine`, one of SOURCES or OPEN), or a folder of the user's own with train, dev and test files.
 
     Named sets are looked for under `$KDLIB_DATA/<name>/`, then on the hub if `datasets` is installed. A set without a dev part gives
     every tenth training sentence to dev. FileNotFoundError names what would have worked.
@@ -63,6 +67,8 @@ def load(name: str) -> Dataset:
         from kdlib import demo
 
         return demo.load("fine" if name == "demo-fine" else "coarse")
+    if name in OPEN:
+        return _open_corpus(name)
     files = locate(name)
     clean = SOURCES[name].clean if name in SOURCES else str
     train, dev, test = [file and read(file, clean=clean) for file in files] if files else _from_hub(name)
@@ -77,6 +83,8 @@ def locate(name: str) -> list[Path | None]:
     """The train, dev (None: it has none) and test files of a data set on this machine; [] for a named set that only the hub has."""
     if name in ("demo", "demo-fine"):
         return [ROOT / "data" / "demo" / f"{split}.jsonl" for split in SPLITS]
+    if name in OPEN:
+        return _open_files(name)
     if name in SOURCES:
         folder = Path(os.environ.get("KDLIB_DATA", "")) / name
         if "KDLIB_DATA" not in os.environ or not folder.is_dir():
@@ -85,6 +93,34 @@ def locate(name: str) -> list[Path | None]:
     if not Path(name).is_dir():
         raise FileNotFoundError(f"no data set {name!r}: expected one of {sorted(NAMES)}, or a folder")
     return [_only_file(Path(name), stems) for stems in (("train",), ("dev", "devel", "valid", "validation"), ("test",))]
+
+
+def _open_files(name: str) -> list[Path]:
+    """The JSON files of a corpus with open types; [] where only the hub has it."""
+    folder = Path(os.environ.get("KDLIB_DATA", "")) / OPEN[name][0]
+    return sorted(folder.glob("*.json")) if "KDLIB_DATA" in os.environ else []
+
+
+def _open_corpus(name: str) -> Dataset:
+    """A corpus in GLiNER's JSON: the last 400 passages for test, the 200 before them for dev, cleaned by `readers.tidy_passages`."""
+    files = _open_files(name)
+    if not files:
+        files = _open_from_hub(name)
+    passages = tidy_passages([s for file in files for s in read(file)], LONGEST)
+    if len(passages) < 1000:
+        raise ValueError(f"{name}: expected at least 1000 passages, got {len(passages)}")
+    return Dataset(name, passages[:-600], passages[-600:-400], passages[-400:])
+
+
+def _open_from_hub(name: str) -> list[Path]:
+    hint = f"put its JSON files under $KDLIB_DATA/{OPEN[name][0]} (see data/README.md)"
+    if OPEN[name][1] is None:
+        raise FileNotFoundError(f"{name} is not on this machine: {hint}")
+    try:
+        folder = huggingface_hub.snapshot_download(OPEN[name][1], repo_type="dataset", allow_patterns="*.json")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileNotFoundError(f"{name}: the hub gave no {OPEN[name][1]} ({error}); {hint}") from error
+    return sorted(Path(folder).rglob("*.json"))
 
 
 def _only_file(folder: Path, stems: tuple[str, ...]) -> Path | None:

@@ -5,7 +5,7 @@ one budget of updates, and methods that differ in nothing but their loss.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -193,8 +193,13 @@ def _trained(
     if keep and not cache.path("weights", f"{key}.pt").exists():
         cache.path("runs", f"{key}.json").unlink(missing_ok=True)  # half an entry is none
 
+    dev_gold = [s.spans for s in parts.dev]
+
+    def evaluate() -> dict[str, float]:
+        return {"dev_f1": float(metrics.f1(metrics.counts(dev_gold, model.predict(dev))))}
+
     def fitted() -> dict:
-        history = train.fit(model, seen, loss, dev, [s.spans for s in parts.dev], settings, checkpoint)
+        history = train.fit(model, seen, loss, evaluate, settings, checkpoint)
         made = {
             "predicted": [[list(span) for span in spans] for spans in model.predict(test)],
             "history": history,
@@ -269,14 +274,19 @@ def closer_look(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
 
 
 def compare(results: Sequence[Run], parts: Parts, baseline: str = "student alone") -> pd.DataFrame:
-    """F1 of each method minus the baseline's, seed by seed: how sure is it?
+    """F1 of each method minus the baseline's: `differences` of the runs' counts against gold."""
+    counted: dict[str, dict[int, np.ndarray]] = {}
+    for r in results:
+        counted.setdefault(r.method, {})[r.seed] = r.counts(parts)
+    return differences(counted, baseline)
+
+
+def differences(counted: Mapping[str, Mapping[int, np.ndarray]], baseline: str) -> pd.DataFrame:
+    """F1 of each method minus the baseline's, seed by seed, from counts [n, 3] by method and seed: how sure is it?
 
     difference, low, high, p: paired bootstrap over test sentences, averaged over seeds. seeds_low, seeds_high: Student's t interval
     of the differences per seed. The first asks whether other sentences would agree, the second whether other seeds would.
     """
-    counted: dict[str, dict[int, np.ndarray]] = {}
-    for r in results:
-        counted.setdefault(r.method, {})[r.seed] = r.counts(parts)
     rows = []
     for method, own in counted.items():
         seeds = [seed for seed in own if seed in counted[baseline]]

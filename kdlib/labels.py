@@ -5,6 +5,7 @@ and De Meulder 2003): an entity starts at B or S, after O, E or S, or where the 
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -96,3 +97,12 @@ def legal_iob2(labels: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         [prefix != "I" or (before != "O" and kind == kind_before) for prefix, kind in parts] for before, kind_before in parts
     ]
     return start, torch.tensor(steps), torch.ones(len(parts), dtype=torch.bool)
+
+
+def word_runs(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of equal numbers other than 0 as (start, end, number): what words labelled one by one say about entities.
+
+    Two entities of one type that touch become one: a label per word has no way to say where the second begins.
+    """
+    bounds = [i for i in range(len(numbers) + 1) if i in (0, len(numbers)) or numbers[i] != numbers[i - 1]]
+    return [(a, b, numbers[a]) for a, b in pairwise(bounds) if numbers[a]]

@@ -2,8 +2,9 @@
 
 `student` and `teacher` are emissions [B, L, K] of the same batch, `mask` [B, L] says which positions are words. Gradients flow into
 `student` and `crf` alone: the teacher's side is a constant. Every loss over whole sequences (`crf_nll`, `top_k`, `posterior`,
-`structural`) is a sum over the words of a sentence and a mean over sentences, so they can be mixed; `soft_targets`, which knows no
-CRF, is a mean over words. Equation numbers are those of the meta-structured distillation (MSD) paper unless another is named.
+`structural`) is a sum over the words of a sentence and a mean over sentences, so they can be mixed; so can `hard_labels` and
+`soft_targets`, which know no CRF and are means over words. Equation numbers are those of the meta-structured distillation (MSD) paper
+unless another is named.
 """
 
 import torch
@@ -18,10 +19,16 @@ def crf_nll(crf: LinearChainCRF, student: Tensor, tags: Tensor, mask: Tensor) ->
     return -crf.log_prob(student, tags, mask).mean()
 
 
+def hard_labels(student: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+    """-log softmax(student)[tag], mean over words: what a student without a teacher learns from. Logits [B, L, K], tags [B, L]."""
+    return F.cross_entropy(student[mask], tags[mask])
+
+
 def soft_targets(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 2.0) -> Tensor:
     """T^2 KL(teacher || student) at temperature T, mean over words (Hinton et al. 2015, section 2).
 
-    Logits [B, L, K]. T^2 keeps the gradient's size independent of T: each logit's gradient carries 1 / T twice.
+    Logits [B, L, K], or the teacher's log probabilities; -inf on both sides excludes a label. T^2 keeps the gradient's size
+    independent of T: each logit's gradient carries 1 / T twice.
     """
     _check(student, teacher, temperature)
     teacher_log, student_log = (F.log_softmax(z[mask] / temperature, -1) for z in (teacher.detach(), student))

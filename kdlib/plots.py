@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,6 +31,9 @@ COLOURS = {
     "posterior": "#d1495b",
     "structural": "#e0641c",
     "msd": "#8a4fbf",
+    "hard student": "#1f77b4",
+    "distilled student": "#e0641c",
+    "distilled, same text": "#e8a33d",
 }
 
 
@@ -94,8 +98,8 @@ def gallery(figures: Path = ROOT / "figures") -> None:
     cache.write_text(figures / "README.md", "\n".join(lines) + "\n")
 
 
-def curves(axes: Axes, table: pd.DataFrame, x: str, y: str, by: str = "method") -> None:
-    """Mean of y over seeds against x with its 95 % band, one labelled line a method."""
+def curves(axes: Axes, table: pd.DataFrame, x: str, y: str, by: str = "method", labels: bool = True) -> None:
+    """Mean of y over seeds against x with its 95 % band, one line a method, named at its end where `labels`."""
     ends = []
     for name, rows in table.groupby(by, sort=False):
         grouped = rows.groupby(x)[y]
@@ -104,15 +108,16 @@ def curves(axes: Axes, table: pd.DataFrame, x: str, y: str, by: str = "method") 
         colour = COLOURS.get(name, "#333333")
         axes.plot(at, mean, color=colour)
         axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
-        ends.append((mean[-1], name, colour))
-    _label_ends(axes, at[-1], ends)
+        ends.append((mean[-1], at[-1], name, colour))
+    if labels:
+        _label_ends(axes, ends)
 
 
-def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]]) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names at the lines' right ends, pushed apart where they would overlap."""
     low, high = axes.get_ylim()
     gap, last = (high - low) * 0.065, -np.inf
-    for value, name, colour in sorted(ends):
+    for value, x, name, colour in sorted(ends):
         last = max(value, last + gap)
         axes.annotate(name, (x, last), (6, 0), textcoords="offset points", color=colour, va="center", annotation_clip=False)
 
@@ -165,16 +170,25 @@ def heat(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[
 
 
 def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping[str, str]) -> str:
-    """A sentence as HTML with its entities in colour; the text is escaped, so markup in it shows as text."""
+    """A sentence of words as HTML with its entities in colour, words joined by spaces."""
+    starts = [0]
+    for token in tokens:
+        starts.append(starts[-1] + len(token) + 1)
+    found = [{"start": starts[s.start], "end": starts[s.end] - 1, "label": s.type} for s in spans]
+    return marked_html(" ".join(tokens), found, colours)
+
+
+def marked_html(text: str, entities: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+    """A text as HTML with entities {"start", "end", "label"} in colour; the text is escaped, so markup in it shows as text."""
     out, at = [], 0
-    for span in sorted(spans):
-        out.append(escape(" ".join(tokens[at : span.start])))
-        text, colour = escape(" ".join(tokens[span.start : span.end])), colours.get(span.type, "#dddddd")
+    for entity in sorted(entities, key=lambda e: e["start"]):
+        colour = colours.get(entity["label"], "#dddddd")
         if not re.fullmatch(r"#[0-9a-fA-F]{3,8}|[a-z]+", colour):
-            raise ValueError(f"colour of {span.type}: expected a name or #rrggbb, got {colour!r}")
+            raise ValueError(f"colour of {entity['label']}: expected a name or #rrggbb, got {colour!r}")
+        style = f"background:{colour};padding:1px 4px;border-radius:3px"
+        out.append(escape(text[at : entity["start"]]))
         out.append(
-            f'<mark style="background:{colour};padding:1px 4px;border-radius:3px">{text} <small>{escape(span.type)}</small></mark>'
+            f'<mark style="{style}">{escape(text[entity["start"] : entity["end"]])} <small>{escape(entity["label"])}</small></mark>'
         )
-        at = span.end
-    out.append(escape(" ".join(tokens[at:])))
-    return " ".join(part for part in out if part)
+        at = entity["end"]
+    return "".join([*out, escape(text[at:])])

@@ -12,15 +12,18 @@ A bad file raises one DataError that says where, what was expected and what was 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import regex
 
 from kdlib.cache import write_text
 from kdlib.labels import Span, split_tag, to_iob2, to_spans
 
 LABEL_KEYS = ("ner_tags", "ner", "entities", "tags", "labels", "spans")
-WORD = re.compile(r"\w+(?:[-_]\w+)*|[^\w\s]")
+WORD = regex.compile(r"\w+(?:[-_]\w+)*|(?!\s)\X")  # GLiNER's words; an emoji or a letter stays whole, its combining marks with it
 
 
 class DataError(ValueError):
@@ -222,6 +225,25 @@ def _from_character_spans(item: dict) -> Sentence:
             raise ValueError(f"expected a span that starts and ends with a word, got {text[start:end]!r} at [{start}, {end})")
         spans.append(Span(begins[start], ends[end], kind))
     return Sentence(tokens, tuple(spans))
+
+
+def tidy_passages(passages: Sequence[Sentence], longest: int) -> list[Sentence]:
+    """Passages labelled by a machine, made fit to learn from: no passage twice, its beginning alone, no two entities on one word.
+
+    A passage is cut after the last full stop within its first `longest` words. Of entities that overlap the longest is kept; of
+    several types for the same words the one more common in the corpus.
+    """
+    common = Counter(span.type for p in passages for span in set(p.spans or ()))
+    out: dict[tuple[str, ...], Sentence] = {}
+    for passage in passages:
+        stops = [i + 1 for i, word in enumerate(passage.tokens[:longest]) if word in (".", "?", "!")]
+        end = len(passage.tokens) if len(passage.tokens) <= longest else (stops or [longest])[-1]
+        taken: list[Span] = []
+        for span in sorted(set(passage.spans or ()), key=lambda s: (s.start - s.end, -common[s.type], s)):
+            if span.end <= end and all(span.end <= t.start or t.end <= span.start for t in taken):
+                taken.append(span)
+        out.setdefault(passage.tokens[:end], Sentence(passage.tokens[:end], tuple(sorted(taken))))
+    return list(out.values())
 
 
 def write_json_lines(path: Path, sentences: Iterable[Sentence]) -> None:

@@ -2,21 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdlib import cache
-from kdlib.batches import Batch, Encoded, order
-from kdlib.labels import Span
-from kdlib.metrics import counts, f1
-from kdlib.models import Tagger
+from kdlib.batches import Rows, order
 
-Loss = Callable[[Tagger, Tensor, Batch], Tensor]
+Loss = Callable[[nn.Module, Tensor, Any], Tensor]  # of the model, its scores and the batch
+Evaluate = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,19 @@ class Settings:
 
 
 def fit(
-    model: Tagger,
-    data: Encoded,
+    model: nn.Module,
+    data: Rows,
     loss: Loss,
-    dev: Encoded,
-    dev_gold: Sequence[Sequence[Span]],
+    evaluate: Evaluate,
     settings: Settings,
     checkpoint: Path | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place and leave it as it was best on dev; returns the history, one row an evaluation.
 
-    `loss(model, emissions, batch)` is any scalar. Rows hold step, epoch, loss (mean since the last row), dev_f1 (percent) and
-    seconds of training so far, evaluations not counted. With `checkpoint`, a run that was killed goes on from its last evaluation and
-    ends with the same numbers. FloatingPointError, naming the step, when the loss is not finite. Under `accelerate launch` each
-    batch is shared out among the processes.
+    `loss(model, scores, batch)` is any scalar. Rows hold step, epoch, loss (mean since the last row), whatever `evaluate()` says of the
+    model (dev_f1 among it, which chooses) and seconds of training so far, evaluations not counted. With `checkpoint`, a run that was
+    killed goes on from its last evaluation and ends with the same numbers. FloatingPointError, naming the step, when the loss is not
+    finite. Under `accelerate launch` each batch is shared out among the processes.
     """
     accelerator = Accelerator(mixed_precision=settings.precision)
     torch.manual_seed(settings.seed)
@@ -60,7 +58,7 @@ def fit(
     if checkpoint and checkpoint.exists():
         state = _resume(checkpoint, model, optimizer)
     evaluate_at = {round(settings.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
-    per_epoch = math.ceil(len(data) / settings.batch_size)
+    per_epoch = math.ceil(len(data.lengths) / settings.batch_size)
     losses: list[float] = []
     batches, shuffled = [], None
     wrapped.train()
@@ -84,11 +82,10 @@ def fit(
         state["step"] += 1
         state["seconds"] += time.perf_counter() - start
         if state["step"] in evaluate_at:
-            dev_f1 = float(f1(counts(dev_gold, model.predict(dev))))
             row = {"step": state["step"], "epoch": state["step"] / per_epoch, "loss": sum(losses) / len(losses)}
-            state["history"].append(row | {"dev_f1": dev_f1, "seconds": state["seconds"]})
+            state["history"].append(row | evaluate() | {"seconds": state["seconds"]})
             losses = []
-            if state["best"] is None or dev_f1 >= max(h["dev_f1"] for h in state["history"]):
+            if state["best"] is None or state["history"][-1]["dev_f1"] >= max(h["dev_f1"] for h in state["history"]):
                 state["best"] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
             if checkpoint and accelerator.is_main_process:
                 _save(checkpoint, state, model, optimizer)
@@ -97,13 +94,15 @@ def fit(
     return state["history"]
 
 
-def _groups(model: Tagger, settings: Settings) -> list[dict]:
-    """Three rates: encoder, output layer, CRF."""
-    parts = {"encoder": settings.encoder_rate, "output": settings.head_rate, "crf": settings.crf_rate}
-    return [
-        {"params": [p for p in getattr(model, name).parameters() if p.requires_grad], "lr": rate, "peak": rate}
-        for name, rate in parts.items()
-    ]
+def _groups(model: nn.Module, settings: Settings) -> list[dict]:
+    """Three rates: the output layer's, the CRF's, and the encoder's for all else."""
+    rates = {"encoder": settings.encoder_rate, "output": settings.head_rate, "crf": settings.crf_rate}
+    params: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.split(".")[0]
+            params[part if part in rates else "encoder"].append(parameter)
+    return [{"params": params[name], "lr": rate, "peak": rate} for name, rate in rates.items() if params[name]]
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, step: int, settings: Settings) -> None:
@@ -113,7 +112,7 @@ def _set_rate(optimizer: torch.optim.Optimizer, step: int, settings: Settings) -
         group["lr"] = group["peak"] * share
 
 
-def _save(checkpoint: Path, state: dict, model: Tagger, optimizer: torch.optim.Optimizer) -> None:
+def _save(checkpoint: Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """All that the rest of the run depends on, random numbers included, in one file that is whole or absent."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     everything = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -121,7 +120,7 @@ def _save(checkpoint: Path, state: dict, model: Tagger, optimizer: torch.optim.O
         torch.save(everything | {"random": torch.get_rng_state(), "random_devices": devices}, aside)
 
 
-def _resume(checkpoint: Path, model: Tagger, optimizer: torch.optim.Optimizer) -> dict:
+def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     stored = torch.load(checkpoint, weights_only=True, map_location="cpu")
     model.load_state_dict(stored.pop("model"))
     optimizer.load_state_dict(stored.pop("optimizer"))

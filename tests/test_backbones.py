@@ -16,11 +16,11 @@ def test_minilm_is_the_published_model():
 
 
 def test_minilm_with_other_bytes_is_refused(monkeypatch):
-    backbones._minilm.cache_clear()
+    backbones.minilm.cache_clear()
     monkeypatch.setattr(backbones, "MINILM_SHA256", "0" * 64)
     with pytest.raises(OSError, match="expected SHA-256 0000.*got 53aa51172d14"):
         backbones.load("minilm")
-    backbones._minilm.cache_clear()
+    backbones.minilm.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["no-such/model", "./nowhere", "bert-base-uncased"])

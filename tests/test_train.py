@@ -6,7 +6,7 @@ import torch
 from accelerate import debug_launcher
 from conftest import SENTENCES, tagger
 
-from kdlib import backbones, losses, teachers, train
+from kdlib import backbones, losses, metrics, teachers, train
 from kdlib.train import Settings, fit
 
 SETTINGS = Settings(steps=12, batch_size=3, evaluations=4, encoder_rate=1e-2)
@@ -17,10 +17,14 @@ def nll(model, emissions, batch):
     return losses.crf_nll(model.crf, emissions, batch.tags, batch.mask)
 
 
+def on_dev(model, data, gold):
+    return lambda: {"dev_f1": float(metrics.f1(metrics.counts(gold, model.predict(data))))}
+
+
 def trained(tiny, loss=nll, settings=SETTINGS, checkpoint=None):
     model = tagger(backbones.load(tiny))
     data = model.encode(SENTENCES)
-    return model, fit(model, data, loss, data, GOLD, settings, checkpoint)
+    return model, fit(model, data, loss, on_dev(model, data, GOLD), settings, checkpoint)
 
 
 def without_time(history):
@@ -109,7 +113,7 @@ def test_a_student_comes_to_agree_with_its_teacher_without_gold(tiny_folder, dis
         return distil(model.crf, emissions, teacher.crf, batch.teacher, batch.mask)
 
     dev = student.encode(SENTENCES)
-    fit(student, data, loss, dev, GOLD, Settings(steps=120, batch_size=4, encoder_rate=3e-2, head_rate=3e-2))
+    fit(student, data, loss, on_dev(student, dev, GOLD), Settings(steps=120, batch_size=4, encoder_rate=3e-2, head_rate=3e-2))
     assert student.predict(SENTENCES) == teacher.predict(SENTENCES)
 
 
@@ -132,7 +136,7 @@ def _without_dropout_model(folder):
     for layer in model.encoder.model.encoder.layer:
         layer.attention.self.dropout_prob = 0.0
     data = model.encode(SENTENCES[:4])  # one batch of four different sentences: each process reads two of them
-    fit(model, data, nll, data, GOLD[:4], replace(SETTINGS, batch_size=4, steps=8, encoder_rate=1e-3))
+    fit(model, data, nll, on_dev(model, data, GOLD[:4]), replace(SETTINGS, batch_size=4, steps=8, encoder_rate=1e-3))
     return model
 
 

@@ -1,0 +1,226 @@
+"""GLiNER as a teacher: load one or train one, and turn its scores into soft labels.
+
+GLiNER scores a span for a label with a sigmoid (span modes), or a word for a label as start, end and inside of an entity (token
+mode). The student wants a distribution per word over the labels and "none". The paper does not say how one becomes the other; here:
+
+    word t, label c      s_tc = max over the spans that cover t of the score of (span, c)        `by_covering_span`
+    or, in token mode    s_tc = sigmoid(inside score of t for c)                                 `Answer.inside`
+    "none"               1 - max_c s_tc; the labels share max_c s_tc in proportion to their s_tc  `soft_labels`
+"""
+
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gliner import GLiNER
+from torch import Tensor
+
+from kdlib import backbones, cache
+from kdlib.data import Sentence
+from kdlib.labels import Span
+
+READINGS = ("spans", "tokens")
+WIDEST = 12  # words of the widest span that is given a score in token mode, as in GLiNER's own configurations
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a GLiNER on a pretrained encoder with gliner's own trainer.
+
+    mode: 'token_level', or one of gliner's span modes such as 'markerV0'. asked: how many labels a training sentence is asked for
+    (0: all). The label's own first piece stands for it (gliner's `embed_ent_token=False`): a new marker would have to learn to
+    look at it first, which takes most of a short training.
+    """
+
+    steps: int = 400
+    batch_size: int = 16
+    encoder_rate: float = 2e-4
+    rate: float = 1e-3
+    hidden: int = 384
+    asked: int = 10
+    mode: str = "token_level"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a GLiNER says of one sentence asked for C labels: its entities, and scores [L, C] between 0 and 1.
+
+    covering: the best span over each word; inside: the word's own score, None but in token mode.
+    """
+
+    entities: tuple[Span, ...]
+    covering: Tensor
+    inside: Tensor | None
+
+
+def load(name: str) -> GLiNER:
+    """A GLiNER from a folder or the hub, such as 'urchade/gliner_small-v2.1'; OSError, naming what would work, if it cannot be had."""
+    if not Path(name).is_dir() and name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no GLiNER at {name!r}: expected a folder with gliner_config.json, or a hub name")
+    try:
+        with backbones.quiet():
+            return GLiNER.from_pretrained(name).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise OSError(
+            f"cannot load the GLiNER {name!r} ({type(error).__name__}: {reason}). Expected a folder with gliner_config.json and weights, "
+            "a hub name while the hub can be reached, or 'train' to train one here"
+        ) from error
+
+
+def trained(sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], recipe: Recipe, encoder: str = "minilm") -> GLiNER:
+    """A GLiNER trained on labelled sentences by gliner's own `train_model`, or read back; entities of types not asked for are left out."""
+    source = str(backbones.minilm()) if encoder == "minilm" else encoder
+    key = cache.digest("gliner", transformers.__version__, backbones.load(encoder).encoder, recipe, list(asked), list(sentences))
+    folder = cache.path("gliner", key)
+    with cache.locked(folder):
+        if not folder.exists():
+            model = _new(source, recipe)
+            examples = [_example(s, labels, recipe, i) for i, (s, labels) in enumerate(zip(sentences, asked, strict=True))]
+            with tempfile.TemporaryDirectory() as scratch, backbones.quiet():
+                model.train_model(
+                    examples, None, output_dir=scratch, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
+                    learning_rate=recipe.encoder_rate, others_lr=recipe.rate, focal_loss_alpha=0.75, focal_loss_gamma=2,
+                    loss_reduction="mean", optim="adamw_torch_fused", seed=recipe.seed, dataloader_num_workers=0,
+                    dataloader_pin_memory=False, use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_strategy="no",
+                    disable_tqdm=True,
+                )  # fmt: skip
+            with cache.replacing(folder) as aside:
+                model.cpu().save_pretrained(aside, safe_serialization=True)
+    return load(str(folder))
+
+
+def _new(source: str, recipe: Recipe) -> GLiNER:
+    kind = "token" if recipe.mode == "token_level" else "span"
+    config = {
+        "model_type": f"gliner_uni_encoder_{kind}",
+        "model_name": source,
+        "hidden_size": recipe.hidden,
+        "span_mode": recipe.mode,
+        "max_width": WIDEST,
+        "dropout": 0.1,
+        "embed_ent_token": False,
+        "num_rnn_layers": 0,
+        "max_types": 100,
+        "max_len": 512,
+    }
+    transformers.set_seed(recipe.seed)
+    with backbones.quiet():
+        return GLiNER.from_config(config)
+
+
+def _example(sentence: Sentence, labels: Sequence[str], recipe: Recipe, number: int) -> dict[str, Any]:
+    """A sentence as gliner's trainer reads it: last word inclusive; its own labels and as many others as make `recipe.asked`."""
+    rng = random.Random(f"{recipe.seed} {number}")
+    own = sorted({s.type for s in sentence.spans} & set(labels))
+    others = sorted(set(labels) - set(own))
+    more = max(0, recipe.asked - len(own)) if recipe.asked else len(others)
+    chosen = own + rng.sample(others, min(more, len(others)))
+    rng.shuffle(chosen)
+    spans = [[s.start, s.end - 1, s.type] for s in sentence.spans if s.type in labels]
+    return {"tokenized_text": list(sentence.tokens), "ner": spans, "ner_labels": chosen}
+
+
+def answers(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], batch_size: int = 32) -> list[Answer]:
+    """What the model says of every sentence, through its public batch API, in order; computed once and remembered.
+
+    ValueError for a sentence that the model would cut: more words than its `max_len`, or more pieces than its encoder reads.
+    """
+    key = cache.digest("gliner answers", model.model, [s.tokens for s in sentences], list(map(list, asked)))
+    stored = cache.tensors("gliner_answers", key, lambda: _stored(model, sentences, asked, batch_size))
+    out = []
+    for i, labels in enumerate(asked):
+        entities = tuple(Span(start, end, labels[c]) for start, end, c in stored[f"{i} entities"].tolist())
+        out.append(
+            Answer(entities, stored[f"{i} covering"].float(), stored[f"{i} inside"].float() if f"{i} inside" in stored else None)
+        )
+    return out
+
+
+def _stored(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], batch_size: int) -> dict[str, Tensor]:
+    """Entities and scores of every sentence, asked in batches of like length; half precision is kept, ample for a score."""
+    stored: dict[str, Tensor] = {}
+    rows = sorted(range(len(sentences)), key=lambda i: (len(asked[i]), len(sentences[i].tokens)))
+    rows = [i for i in rows if asked[i]]
+    for i in range(len(sentences)):
+        if not asked[i]:
+            stored[f"{i} entities"], stored[f"{i} covering"] = (
+                torch.zeros(0, 3, dtype=torch.long),
+                torch.zeros(len(sentences[i].tokens), 0),
+            )
+    for at in range(0, len(rows), batch_size):
+        part = rows[at : at + batch_size]
+        words = [list(sentences[i].tokens) for i in part]
+        batch = model.collate_batch(model.prepare_base_input(words), [list(asked[i]) for i in part])
+        _check_whole(batch, words, part)
+        out = model.run_batch(batch, threshold=0.5)
+        decoded = model.decode_batch(out, batch, threshold=0.5)
+        for row, i in enumerate(part):
+            size, own = len(words[row]), {label: c for c, label in enumerate(asked[i])}
+            found = [[e.start, e.end + 1, own[e.entity_type]] for e in decoded[row]]
+            stored[f"{i} entities"] = torch.tensor(sorted(found), dtype=torch.long).reshape(-1, 3)
+            scores = out.logits[row, :size, ..., :].sigmoid().cpu()
+            spans = scores[:, :, : len(own)] if model.config.span_mode != "token_level" else span_scores(scores[:, : len(own)])
+            stored[f"{i} covering"] = by_covering_span(spans).half()
+            if model.config.span_mode == "token_level":
+                stored[f"{i} inside"] = scores[:, : len(own), 2].half()
+    return stored
+
+
+def _check_whole(batch: dict[str, Any], words: Sequence[Sequence[str]], rows: Sequence[int]) -> None:
+    """ValueError if gliner has cut a sentence: it does so without a word."""
+    for row, (i, own) in enumerate(zip(rows, words, strict=True)):
+        seen = min(int(batch["words_mask"][row].max()), len(batch["tokens"][row]))
+        if seen < len(own):
+            raise ValueError(
+                f"sentence {i}: this GLiNER reads {seen} of its {len(own)} words with these labels; expected shorter text"
+            )
+
+
+def span_scores(scores: Tensor, widest: int = WIDEST) -> Tensor:
+    """Token mode's score of every span [L, W, C], as gliner decodes it: the least of its start, its end and all its insides.
+
+    Of start, end and inside scores [L, C, 3]; span (t, w) covers the words t to t + w; 0 for one that leaves the sentence.
+    """
+    start, end, inside = scores.unbind(-1)
+    length = len(start)
+    out = scores.new_zeros(length, min(widest, length), start.shape[1])
+    least = inside
+    for width in range(out.shape[1]):
+        if width:
+            least = torch.minimum(least[:-1], inside[width:])
+        out[: length - width, width] = torch.minimum(least, torch.minimum(start[: length - width], end[width:]))
+    return out
+
+
+def by_covering_span(spans: Tensor) -> Tensor:
+    """[L, C]: for each word the best score among the spans [L, W, C] that cover it."""
+    length, widest, _ = spans.shape
+    best = torch.zeros_like(spans[:, 0])
+    for width in range(min(widest, length)):
+        inside = spans[: length - width, width]
+        for offset in range(width + 1):
+            own = best[offset : offset + length - width]
+            torch.maximum(own, inside, out=own)
+    return best
+
+
+def soft_labels(scores: Tensor) -> Tensor:
+    """Distribution [L, 1 + C] over "none" and the labels: p_none = 1 - max_c s_c, p_c = max_c s_c * s_c / sum_c s_c.
+
+    Of scores [L, C] between 0 and 1. A word is then more than `threshold` likely to be part of an entity exactly where GLiNER scores
+    some label above `threshold`, and the likeliest label is GLiNER's: its decisions survive. Dividing (1 - max, s_1, ..., s_C) by its
+    sum instead would not do that: with many labels at 0.2 each, "none" drowns.
+    """
+    if scores.numel() and not (scores.min() >= 0 and scores.max() <= 1):
+        raise ValueError(f"scores: expected numbers from 0 to 1, got {scores.min():.3g} to {scores.max():.3g}")
+    if not scores.shape[-1]:
+        return scores.new_ones(len(scores), 1)
+    best, together = scores.amax(-1, keepdim=True), scores.sum(-1, keepdim=True)
+    return torch.cat([1 - best, best * scores / together.clamp(min=torch.finfo(scores.dtype).tiny)], -1)
