@@ -1,23 +1,28 @@
-"""Speed, measured side by side: `python -m kdlib.bench crf` writes figures/bench/crf.csv.
+"""Speed, measured side by side: `python -m kdlib.bench crf` (or gliner) writes figures/bench/crf.csv.
 
-Ours and the peer take turns in one process on the same tensors; reported are medians in milliseconds and their ratio, peer / ours.
+Ours and the peer take turns in one process on the same input; reported are medians in milliseconds and their ratio, peer / ours.
 """
 
 import argparse
+import copy
+import itertools
 import statistics
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pandas as pd
 import torch
 import torch_struct
 import torchcrf
+from gliner import GLiNER
 from torch import Tensor
 
-from kdlib import plots
+from kdlib import backbones, data, plots
 from kdlib.crf import LinearChainCRF
 from kdlib.data import ROOT
+from kdlib.twin_tower import TwinTower
 
 SHAPES = ((32, 30, 9), (32, 128, 9), (64, 50, 23), (16, 128, 37))
 
@@ -108,7 +113,88 @@ def _same_answers(
     assert paths == peer.decode(emissions, mask)
 
 
-BENCHMARKS = {"crf": crf}
+DEBERTA_SMALL = {
+    "model_type": "deberta-v2", "vocab_size": 30_600, "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm", "share_att_key": True, "type_vocab_size": 0, "position_biased_input": False,
+}  # fmt: skip
+LABELS = ("person", "location", "organization", "animal", "plant")
+
+
+def _untrained_gliner(small: bool, mode: str) -> GLiNER:
+    """A GLiNER with random weights in the shape of gliner_small-v2.1 (but the vocabulary, which costs no time), or on MiniLM."""
+    config = {
+        "model_type": f"gliner_uni_encoder_{'token' if mode == 'token_level' else 'span'}",
+        "model_name": str(backbones.minilm()),
+        "span_mode": mode,
+        "max_width": 12,
+        "hidden_size": 512 if small else 384,
+    }
+    with backbones.quiet():
+        return GLiNER.from_config(
+            config | ({"encoder_config": DEBERTA_SMALL} if small else {}), backbone_from_pretrained=not small
+        ).eval()
+
+
+def _runtimes(model: GLiNER) -> dict[str, GLiNER]:
+    """The model in torch, in gliner's ONNX runtime and in its int8."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), backbones.quiet():
+        warnings.simplefilter("ignore")  # the exporter's remarks on gliner's code
+        model.export_to_onnx(folder)
+        onnx = GLiNER.from_pretrained(folder, runtime="onnxruntime")
+        int8 = copy.deepcopy(model)
+        int8.quantize("int8")
+    return {"torch": model, "onnxruntime": onnx, "torch int8": int8}
+
+
+def _sentences(words: int = 20, how_many: int = 64) -> list[str]:
+    """Demo sentences put together until they have so many words."""
+    tokens = [word for s in data.load("demo").test for word in s.tokens]
+    return [" ".join(tokens[i : i + words]) for i in range(0, how_many * words, words)]
+
+
+def gliner(seconds: float = 15.0) -> pd.DataFrame:
+    """The twin tower against GLiNERs: from text to entities, tokenisation and offsets included, at batch 1 and 32, same texts and labels."""
+    texts, backbone = _sentences(), backbones.load()
+    student = TwinTower(backbone.tokenizer).eval()  # speed does not depend on what it has learnt
+    rows = []
+    peers = {"gliner_small-v2.1's shape, random weights": (True, "markerV0"), "MiniLM, span mode": (False, "markerV0")}
+    for name, (small, mode) in (peers | {"MiniLM, token mode": (False, "token_level")}).items():
+        for runtime, peer in _runtimes(_untrained_gliner(small, mode)).items():
+            for batch in (1, 32):
+                chunks = itertools.cycle([texts[i : i + batch] for i in range(0, len(texts), batch)])
+                taken = _turns(student, peer, chunks, batch, seconds)
+                ours, theirs = (
+                    {"p50_ms": statistics.median(t) / batch, "p95_ms": statistics.quantiles(t, n=20)[-1] / batch} for t in taken
+                )
+                found = {"operation": f"batch {batch}", "peer": name, "runtime": runtime, "rounds": len(taken[0])}
+                found |= {f"ours_{k}": round(v, 3) for k, v in ours.items()} | {
+                    f"peer_{k}": round(v, 3) for k, v in theirs.items()
+                }
+                found |= {"ours_per_second": round(1000 / ours["p50_ms"]), "peer_per_second": round(1000 / theirs["p50_ms"], 1)}
+                found |= {"ours_parameters": student.parameters_in_all, "ratio": round(theirs["p50_ms"] / ours["p50_ms"], 1)}
+                rows.append(found)
+                print(found, flush=True)
+    return pd.DataFrame(rows)
+
+
+def _turns(
+    student: TwinTower, peer: GLiNER, chunks: Iterator[list[str]], batch: int, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each call, student and peer in turns on the same texts, for about `seconds` after a warm-up."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    began = time.perf_counter()
+    while len(ours) < 8 or (time.perf_counter() - began < seconds and len(ours) < 400):
+        chunk = next(chunks)
+        for taken, model in ((ours, student), (theirs, peer)):
+            start = time.perf_counter()
+            model.inference(chunk, list(LABELS), batch_size=batch)
+            taken.append(1000 * (time.perf_counter() - start))
+    return ours[2:], theirs[2:]
+
+
+BENCHMARKS = {"crf": crf, "gliner": gliner}
 
 
 def main() -> None:

@@ -8,16 +8,20 @@ mode). The student wants a distribution per word over the labels and "none". The
     "none"               1 - max_c s_tc; the labels share max_c s_tc in proportion to their s_tc  `soft_labels`
 """
 
+import contextlib
+import io
 import random
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from gliner import GLiNER
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kdlib import backbones, cache
@@ -66,7 +70,7 @@ def load(name: str) -> GLiNER:
     try:
         with backbones.quiet():
             return GLiNER.from_pretrained(name).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise OSError(
             f"cannot load the GLiNER {name!r} ({type(error).__name__}: {reason}). Expected a folder with gliner_config.json and weights, "
@@ -83,7 +87,8 @@ def trained(sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], recip
         if not folder.exists():
             model = _new(source, recipe)
             examples = [_example(s, labels, recipe, i) for i, (s, labels) in enumerate(zip(sentences, asked, strict=True))]
-            with tempfile.TemporaryDirectory() as scratch, backbones.quiet():
+            report = io.StringIO()  # the trainer prints its own summary
+            with tempfile.TemporaryDirectory() as scratch, backbones.quiet(), contextlib.redirect_stdout(report):
                 model.train_model(
                     examples, None, output_dir=scratch, max_steps=recipe.steps, per_device_train_batch_size=recipe.batch_size,
                     learning_rate=recipe.encoder_rate, others_lr=recipe.rate, focal_loss_alpha=0.75, focal_loss_gamma=2,
@@ -158,7 +163,7 @@ def _stored(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequen
         part = rows[at : at + batch_size]
         words = [list(sentences[i].tokens) for i in part]
         batch = model.collate_batch(model.prepare_base_input(words), [list(asked[i]) for i in part])
-        _check_whole(batch, words, part)
+        _check_whole(batch, words, part, model.data_processor.transformer_tokenizer.model_max_length)
         out = model.run_batch(batch, threshold=0.5)
         decoded = model.decode_batch(out, batch, threshold=0.5)
         for row, i in enumerate(part):
@@ -173,10 +178,11 @@ def _stored(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequen
     return stored
 
 
-def _check_whole(batch: dict[str, Any], words: Sequence[Sequence[str]], rows: Sequence[int]) -> None:
+def _check_whole(batch: dict[str, Any], words: Sequence[Sequence[str]], rows: Sequence[int], most_pieces: int) -> None:
     """ValueError if gliner has cut a sentence: it does so without a word."""
     for row, (i, own) in enumerate(zip(rows, words, strict=True)):
-        seen = min(int(batch["words_mask"][row].max()), len(batch["tokens"][row]))
+        full = int(batch["attention_mask"][row].sum()) >= most_pieces
+        seen = int(batch["words_mask"][row].max()) if full else len(batch["tokens"][row])
         if seen < len(own):
             raise ValueError(
                 f"sentence {i}: this GLiNER reads {seen} of its {len(own)} words with these labels; expected shorter text"

@@ -157,7 +157,7 @@ def new_student(protocol: OpenProtocol, seed: int) -> TwinTower:
     """An untrained twin tower whose word pieces begin as the encoder's, reduced."""
     backbone = backbones.load(protocol.encoder)
     torch.manual_seed(seed)
-    student = TwinTower(backbone.tokenizer)
+    student = TwinTower(backbone.tokenizer, embedding=min(128, backbone.encoder.width))
     student.start_from(backbone.encoder)
     return student
 

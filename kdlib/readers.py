@@ -23,7 +23,7 @@ from kdlib.cache import write_text
 from kdlib.labels import Span, split_tag, to_iob2, to_spans
 
 LABEL_KEYS = ("ner_tags", "ner", "entities", "tags", "labels", "spans")
-WORD = regex.compile(r"\w+(?:[-_]\w+)*|(?!\s)\X")  # GLiNER's words; an emoji or a letter stays whole, its combining marks with it
+WORD = regex.compile(r"\w+(?:[-_]\w+)*|(?![\s\x1c-\x1f])\X")  # GLiNER's words; an emoji stays whole, a letter keeps its marks
 
 
 class DataError(ValueError):

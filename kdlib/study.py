@@ -95,8 +95,8 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
     """A digest of all that a run depends on: the notebook, kdlib's files, the parameters, the data."""
     used = {name: cell["default"] for name, cell in declared(stem).items()} | {k: repr(v) for k, v in parameters.items()}
     files = [ROOT / "notebooks" / f"{stem}.ipynb", *sorted((ROOT / "kdlib").glob("*.*"))]
-    if "dataset" in used:
-        files += filter(None, locate(used["dataset"].strip("'\"")))
+    for name in (used.get(parameter, "").strip("'\"") for parameter in ("dataset", "unseen")):
+        files += filter(None, locate(name) if name else [])
     if "tables" in used:
         files += sorted((ROOT / "figures").glob("*/[0-9][0-9]_table*.csv"))  # what other notebooks have left to read
     return cache.digest(used, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])

@@ -283,7 +283,7 @@ class TwinTower(nn.Module):
         try:
             model = cls(AutoTokenizer.from_pretrained(folder), **json.loads((folder / CONFIG).read_text(encoding="utf8")))
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{folder}: expected the files of a whole TwinTower, got {type(error).__name__}: {reason}"

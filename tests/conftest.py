@@ -26,18 +26,27 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
-    """A two-layer BERT with random weights and a letter-piece tokenizer, saved like any pretrained encoder."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """A small BERT with random weights and a letter-piece tokenizer, saved like any pretrained encoder."""
+    return _tiny(tmp_path_factory.mktemp("tiny"), 24)
+
+
+@pytest.fixture(scope="session")
+def long_folder(tmp_path_factory):
+    """The same with room for 120 pieces, and a tokenizer that says so."""
+    return _tiny(tmp_path_factory.mktemp("long"), 120, model_max_length=120)
+
+
+def _tiny(folder, positions, **tokenizing):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *("##" + c for c in LETTERS), "paris", "anna", ".", "in"]
     tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    BertTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    BertTokenizerFast(tokenizer_object=tokenizer, **tokenizing).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(pieces), hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=24,
+        max_position_embeddings=positions,
     )  # fmt: skip
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     return str(folder)

@@ -7,6 +7,7 @@ import pytest
 from kdlib import data
 from kdlib.data import DataError, Sentence
 from kdlib.labels import Span
+from kdlib.readers import WORD, tidy_passages
 
 SENTENCE = Sentence(("New", "York", "is", "big"), (Span(0, 2, "LOC"),))
 
@@ -197,3 +198,54 @@ def test_the_hub_path_reads_features(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=unreachable))
     with pytest.raises(FileNotFoundError, match="no route.*KDLIB_DATA/wnut17"):
         data.load("wnut17")
+
+
+PASSAGE = {"tokenized_text": ["Flu", "is", "a", "disease", "."], "ner": [[0, 0, "disease"]]}
+
+
+def open_corpus(folder, extra=()):
+    folder.mkdir(parents=True)
+    numbered = [PASSAGE | {"tokenized_text": [*PASSAGE["tokenized_text"], str(i)]} for i in range(1100)]
+    (folder / "b.json").write_text(json.dumps([*numbered, *extra]), encoding="utf8")
+    (folder / "a.json").write_text(json.dumps(numbered[:3]), encoding="utf8")
+
+
+@pytest.mark.parametrize("name, where", [("gliner", "gliner/medical"), ("pile-mistral", "pile-mistral")])
+def test_a_corpus_with_open_types_is_cleaned_and_cut_in_three(tmp_path, monkeypatch, name, where):
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    open_corpus(tmp_path / where)
+    corpus = data.load(name)
+    assert [len(part) for part in (corpus.train, corpus.dev, corpus.test)] == [500, 200, 400] and corpus.types == ["disease"]
+    assert len(set(s.tokens for part in (corpus.train, corpus.dev, corpus.test) for s in part)) == 1100
+
+
+def test_an_open_corpus_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"gliner is not on this machine: put its JSON files under \$KDLIB_DATA/gliner/medical"):
+        data.load("gliner")
+
+    def no_hub(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data.huggingface_hub, "snapshot_download", no_hub)
+    with pytest.raises(FileNotFoundError, match="the hub gave no urchade/pile-mistral"):
+        data.load("pile-mistral")
+    open_corpus(tmp_path / "hub")
+    monkeypatch.setattr(data.huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path / "hub"))
+    assert len(data.load("pile-mistral").test) == 400
+
+
+def test_passages_are_tidied():
+    long = Sentence(tuple(["w"] * 6 + ["."] + ["v"] * 6), (Span(1, 2, "x"), Span(8, 9, "x")))
+    overlap = Sentence(tuple("abcdef"), (Span(0, 1, "x"), Span(0, 3, "y"), Span(2, 4, "x"), Span(5, 6, "y"), Span(5, 6, "x"), Span(5, 6, "x")))
+    found = tidy_passages([long, overlap, overlap], 10)
+    assert found == [
+        Sentence(long.tokens[:7], (Span(1, 2, "x"),)),
+        Sentence(overlap.tokens, (Span(0, 3, "y"), Span(5, 6, "x"))),
+    ]
+    assert tidy_passages([Sentence(("w",) * 9, ())], 4) == [Sentence(("w",) * 4, ())]
+
+
+def test_words_of_any_script_stay_whole_with_their_marks():
+    text = "Jose\u0301 e-mailed हिन्दी 👩\u200d👩\u200d👧, 東京!\x1f"
+    assert WORD.findall(text) == ["Jose\u0301", "e-mailed", "हिन्दी", "👩\u200d👩\u200d👧", ",", "東京", "!"]

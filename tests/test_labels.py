@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdlib.labels import Span, detect_scheme, iob2_labels, legal_iob2, split_tag, to_iob2, to_spans
+from kdlib.labels import Span, detect_scheme, iob2_labels, legal_iob2, split_tag, to_iob2, to_spans, word_runs
 
 GOLD = (Span(0, 2, "PER"), Span(2, 3, "PER"), Span(4, 5, "LOC"), Span(5, 7, "ORG"))
 SCHEMES = {
@@ -64,3 +64,9 @@ def test_what_is_no_tag(tag):
 def test_spans_that_have_no_tags(spans, message):
     with pytest.raises(ValueError, match=message):
         to_iob2([Span(*s) for s in spans], 2)
+
+
+def test_word_runs_are_entities_but_for_touching_ones():
+    assert word_runs([0, 1, 1, 2, 0, 2]) == [(1, 3, 1), (3, 4, 2), (5, 6, 2)]
+    assert word_runs([]) == [] == word_runs([0, 0])
+    assert word_runs([3, 3]) == [(0, 2, 3)]

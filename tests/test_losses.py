@@ -190,3 +190,24 @@ def test_scores_of_other_labels_and_bad_temperatures_are_refused(loss):
     for soft in (losses.posterior, losses.structural, soft_targets):
         with pytest.raises(ValueError, match="temperature: expected more than 0, got -2"):
             soft(crf, student, teacher_crf, teacher, mask, temperature=-2)
+
+
+def test_hard_labels_are_the_mean_surprise_over_words():
+    _, student, _, _, mask = pair()
+    tags = torch.randint(4, (3, 5))
+    picked = student.log_softmax(-1).gather(2, tags[..., None])[..., 0]
+    value = losses.hard_labels(student, tags, mask)
+    torch.testing.assert_close(value, -picked[mask].mean())
+    value.backward()
+    assert (student.grad[~mask] == 0).all() and (student.grad[mask].abs().sum(-1) > 0).all()
+    assert torch.autograd.gradcheck(lambda s: losses.hard_labels(s, tags, mask), student.detach().requires_grad_())
+
+
+def test_soft_targets_leave_out_labels_excluded_on_both_sides():
+    _, student, _, teacher, mask = pair()
+    out = torch.zeros(4, dtype=torch.bool)
+    out[2] = True
+    value = losses.soft_targets(student.masked_fill(out, float("-inf")), teacher.detach().masked_fill(out, float("-inf")), mask)
+    torch.testing.assert_close(value, losses.soft_targets(student[..., ~out], teacher[..., ~out], mask))
+    value.backward()
+    assert (student.grad[..., 2] == 0).all() and student.grad.isfinite().all()

@@ -40,3 +40,10 @@ def test_markup_in_a_sentence_shows_as_text():
     assert "&lt;script&gt; A&amp;B" in html and "ran" in html
     with pytest.raises(ValueError, match="colour of X"):
         plots.entities_html(("a",), [Span(0, 1, "X")], {"X": 'red" onload="x'})
+
+
+def test_marked_text_is_escaped_whatever_it_holds():
+    text = "<b>Rome</b> & 'x'"
+    html = plots.marked_html(text, [{"start": 3, "end": 7, "label": "<i>"}], {"<i>": "#ffcc00"})
+    assert "<b>" not in html and "<i>" not in html
+    assert html.startswith("&lt;b&gt;<mark") and "Rome <small>&lt;i&gt;</small></mark>&lt;/b&gt; &amp; &#x27;x&#x27;" in html
