@@ -5,12 +5,14 @@ Read it the way data flows; a module imports only modules that stand before it:
     cache        digests, atomic files, locks           labels       IOB1 / IOB2 / IOBES / BMES <-> spans, legal transitions
     readers      files -> Sentence                      data         data sets by name
     demo         the generated demo corpus              backbones    pretrained encoders, students
-    batches      words -> word pieces -> Batch
-    crf          the linear-chain CRF                   models       Tagger = encoder -> emissions -> CRF
-    losses       one pure function per equation         teachers     a teacher's emissions, computed once
-    metrics      span scores, intervals, paired tests   train        fit(): one loop for every model and loss
-    experiments  methods x seeds -> rows of a table     plots        figures and tables on disk
-    study        the notebooks, in batch                bench        speed, side by side
+    batches      words -> word pieces -> Batch          twin_tower   TwinTower: any labels, GLiNER's calls
+    crf          the linear-chain CRF                   models       Tagger = encoder -> emissions -> CRF; TwinTower
+    losses       one pure function per equation         teachers     a CRF teacher's emissions, computed once
+    metrics      scores, intervals, paired tests        gliner_teacher  a GLiNER, loaded or trained, and its soft labels
+    train        fit(): one loop for every model and loss
+    experiments  CRF methods x seeds -> a table         open_experiments  GLiNER -> LSTM: both protocols, both references
+    plots        figures and tables on disk             study        the notebooks, in batch
+    bench        speed, side by side
 
 Symbols, in code and in docstrings:
 

@@ -1,4 +1,4 @@
-"""The tagger that every method shares: encoder -> one vector a word -> emissions -> CRF."""
+"""The tagger that every CRF method shares: encoder -> one vector a word -> emissions -> CRF. The other model is `TwinTower`."""
 
 import json
 from collections.abc import Sequence
@@ -15,6 +15,9 @@ from kdlib.cache import replacing
 from kdlib.crf import LinearChainCRF
 from kdlib.data import Sentence
 from kdlib.labels import Span, legal_iob2, to_spans
+from kdlib.twin_tower import TwinTower
+
+__all__ = ["Tagger", "TwinTower"]
 
 
 class Tagger(nn.Module):

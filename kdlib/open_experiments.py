@@ -69,6 +69,11 @@ class OpenParts:
     types: list[str]
     mentions: list[str]  # the type of every entity of the labelled part: what further labels to ask for are drawn from
 
+    @property
+    def seen_types(self) -> set[str]:
+        """The types a teacher trained here has met."""
+        return {span.type for s in self.transfer for span in s.spans}
+
     def asked(self, sentences: Iterable[Sentence]) -> list[tuple[str, ...]]:
         """The labels each sentence is asked for: all types where there are few; else its own and as many common others, at least 4."""
         return [tuple(self.types) if len(self.types) <= CLOSED else self._drawn(s) for s in sentences]
@@ -213,6 +218,13 @@ def run(
     return OpenRun(model, seed, predicted, record["history"], student.parameters_in_all), student.eval()
 
 
+def runs(
+    models: Iterable[str], seeds: int, protocol: OpenProtocol, parts: OpenParts, answers: Answers, size: int
+) -> list[OpenRun]:
+    """Each model with each of so many seeds; seeds outermost, so that what is stopped has whole rows."""
+    return [run(model, seed, protocol, parts, answers, size)[0] for seed in range(seeds) for model in models]
+
+
 class _Watched:
     """A student in training as the paper's figures show it: recall on train, all measures on the last test sentences."""
 
@@ -260,13 +272,13 @@ def all_scores(sentences: Sequence[Sentence], reference: metrics.Entities, predi
     }
 
 
-def table(runs: Iterable[OpenRun], parts: OpenParts, answers: Answers, teacher_parameters: int) -> pd.DataFrame:
+def table(results: Iterable[OpenRun], parts: OpenParts, answers: Answers, teacher_parameters: int) -> pd.DataFrame:
     """The paper's table 1 by the sound protocol: every model, seed and reference, on all of test, each student as it was best on dev.
 
     accuracy, precision, recall and f1 are over words, span_* over whole entities; all in percent.
     """
     found = [("teacher", 0, answers.entities(parts.test), teacher_parameters)]
-    found += [(r.model, r.seed, r.predicted, r.parameters) for r in runs]
+    found += [(r.model, r.seed, r.predicted, r.parameters) for r in results]
     rows = [
         {"model": model, "seed": seed, "reference": name}
         | _rounded(all_scores(parts.test, reference, predicted))
@@ -277,7 +289,7 @@ def table(runs: Iterable[OpenRun], parts: OpenParts, answers: Answers, teacher_p
     return pd.DataFrame(rows)
 
 
-def paper_table(runs: Iterable[OpenRun], parts: OpenParts, answers: Answers, teacher_parameters: int) -> pd.DataFrame:
+def paper_table(results: Iterable[OpenRun], parts: OpenParts, answers: Answers, teacher_parameters: int) -> pd.DataFrame:
     """The same columns by the paper's protocol: the last test sentences, each student after its last epoch."""
     last = parts.test[-PAPER_TEST:]
     rows = [
@@ -286,7 +298,7 @@ def paper_table(runs: Iterable[OpenRun], parts: OpenParts, answers: Answers, tea
         | {"parameters": teacher_parameters}
         for name, reference in references(last, answers).items()
     ]
-    for r in runs:
+    for r in results:
         for name in ("gold", "teacher"):
             prefix = f"last_{name}_"
             scored = {k.removeprefix(prefix): v for k, v in r.history[-1].items() if k.startswith(prefix)}
@@ -298,12 +310,12 @@ def _rounded(scored: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in scored.items()}
 
 
-def compare(runs: Iterable[OpenRun], parts: OpenParts, answers: Answers, baseline: str = "hard student") -> pd.DataFrame:
+def compare(results: Iterable[OpenRun], parts: OpenParts, answers: Answers, baseline: str = "hard student") -> pd.DataFrame:
     """Entity F1 of each model minus the baseline's on all of test, against gold and against the teacher (`experiments.differences`)."""
-    runs, found = list(runs), []
+    results, found = list(results), []
     for name, reference in references(parts.test, answers).items():
         counted: dict[str, dict[int, np.ndarray]] = {}
-        for r in runs:
+        for r in results:
             counted.setdefault(r.model, {})[r.seed] = metrics.counts(reference, r.predicted)
         found.append(differences(counted, baseline).assign(reference=name))
     return pd.concat(found, ignore_index=True)
@@ -314,9 +326,21 @@ def entity_f1(run: OpenRun, parts: OpenParts, answers: Answers, reference: str) 
     return float(metrics.f1(metrics.counts(references(parts.test, answers)[reference], run.predicted)))
 
 
-def histories(runs: Iterable[OpenRun]) -> pd.DataFrame:
+def histories(results: Iterable[OpenRun]) -> pd.DataFrame:
     """Every epoch of every run as one table: what the paper's figures 3 to 6 show."""
-    return pd.DataFrame([{"method": r.model, "seed": r.seed} | row for r in runs for row in r.history])
+    return pd.DataFrame([{"method": r.model, "seed": r.seed} | row for r in results for row in r.history])
+
+
+def quality(teacher: gliner_teacher.GLiNER, parts: OpenParts, answers: Answers, unseen: Dataset | None) -> pd.DataFrame:
+    """The teacher's own entity scores: on test, and zero-shot on the types of another data set that are none of the parts'."""
+    rows = [{"asked for": f"the {len(parts.types)} types of the data"} | metrics.scores(parts.test, answers.entities(parts.test))]
+    if unseen is not None:
+        sentences, types = unseen_types(unseen, parts.seen_types)
+        asking = replace(parts, types=types, mentions=[span.type for s in sentences for span in s.spans])
+        found = gliner_teacher.answers(teacher, sentences, asking.asked(sentences))
+        zero_shot = metrics.scores(sentences, [a.entities for a in found])
+        rows.append({"asked for": f"{len(types)} types of {unseen.name} it was not trained on"} | zero_shot)
+    return pd.DataFrame(rows).round(2)
 
 
 def unseen_types(dataset: Dataset, known: Iterable[str], sentences: int = 300) -> tuple[list[Sentence], list[str]]:

@@ -21,7 +21,7 @@ import yaml
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
-from kdlib import cache, experiments, plots
+from kdlib import cache, experiments, metrics, plots
 from kdlib.data import NAMES, ROOT, locate
 
 BUILD = ROOT / "build"
@@ -163,13 +163,28 @@ def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list
 
 
 def readme_table(csv: Path) -> str:
-    """A table of runs as the README shows it: one row a method, mean over seeds and half-width of the 95 % interval."""
-    rows = experiments.summary(pd.read_csv(csv))
+    """A table of runs as the README shows it: one row a method or model, mean over seeds and half-width of the 95 % interval."""
+    runs = pd.read_csv(csv)
+    return _reference_table(runs) if "reference" in runs else _method_table(experiments.summary(runs))
+
+
+def _method_table(rows: pd.DataFrame) -> str:
     lines = ["| method | test F1 | precision | recall | parameters | training |", "|---|---|---|---|---|---|"]
     for name, r in rows.iterrows():
         f1 = f"{r['f1']:.2f} ± {r['f1_half']:.2f}"
         size = f"{r['parameters'] / 1e6:.1f} M"
         lines.append(f"| {name} | {f1} | {r['precision']:.2f} | {r['recall']:.2f} | {size} | {r['train_seconds']:.0f} s |")
+    return "\n".join(lines)
+
+
+def _reference_table(runs: pd.DataFrame) -> str:
+    lines = ["| model | entity F1 against gold | against the teacher's output | parameters |", "|---|---|---|---|"]
+    for model, own in runs.groupby("model", sort=False):
+        cells = []
+        for reference in ("gold", "teacher"):
+            mean, half = metrics.interval(own.loc[own["reference"] == reference, "span_f1"])
+            cells.append(f"{mean:.2f}" + (f" ± {half:.2f}" if half == half else ""))
+        lines.append(f"| {model} | {' | '.join(cells)} | {own['parameters'].iloc[0] / 1e6:.1f} M |")
     return "\n".join(lines)
 
 

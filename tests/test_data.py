@@ -221,7 +221,9 @@ def test_a_corpus_with_open_types_is_cleaned_and_cut_in_three(tmp_path, monkeypa
 
 def test_an_open_corpus_that_is_not_there_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"gliner is not on this machine: put its JSON files under \$KDLIB_DATA/gliner/medical"):
+    with pytest.raises(
+        FileNotFoundError, match=r"gliner is not on this machine: put its JSON files under \$KDLIB_DATA/gliner/medical"
+    ):
         data.load("gliner")
 
     def no_hub(*_, **__):
@@ -237,7 +239,9 @@ def test_an_open_corpus_that_is_not_there_says_where_it_was_looked_for(tmp_path,
 
 def test_passages_are_tidied():
     long = Sentence(tuple(["w"] * 6 + ["."] + ["v"] * 6), (Span(1, 2, "x"), Span(8, 9, "x")))
-    overlap = Sentence(tuple("abcdef"), (Span(0, 1, "x"), Span(0, 3, "y"), Span(2, 4, "x"), Span(5, 6, "y"), Span(5, 6, "x"), Span(5, 6, "x")))
+    overlap = Sentence(
+        tuple("abcdef"), (Span(0, 1, "x"), Span(0, 3, "y"), Span(2, 4, "x"), Span(5, 6, "y"), Span(5, 6, "x"), Span(5, 6, "x"))
+    )
     found = tidy_passages([long, overlap, overlap], 10)
     assert found == [
         Sentence(long.tokens[:7], (Span(1, 2, "x"),)),

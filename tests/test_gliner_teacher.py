@@ -18,7 +18,9 @@ modes = pytest.mark.parametrize("mode", ["token_level", "markerV0"])
 
 @pytest.fixture
 def make(long_folder):
-    return lambda mode="token_level", **more: gliner_teacher.trained(SENTENCES, ASKED, replace(TINY, mode=mode, **more), long_folder)
+    return lambda mode="token_level", **more: gliner_teacher.trained(
+        SENTENCES, ASKED, replace(TINY, mode=mode, **more), long_folder
+    )
 
 
 @modes
@@ -31,7 +33,9 @@ def test_a_gliner_is_trained_once_by_gliners_trainer_and_read_back(make, monkeyp
 
 
 def test_another_recipe_or_label_set_is_another_teacher(make, long_folder):
-    weights = [m.state_dict() for m in (make(), make(seed=1), gliner_teacher.trained(SENTENCES, [("PER",)] * 16, TINY, long_folder))]
+    weights = [
+        m.state_dict() for m in (make(), make(seed=1), gliner_teacher.trained(SENTENCES, [("PER",)] * 16, TINY, long_folder))
+    ]
     assert not any(all(a.equal(b) for a, b in zip(weights[0].values(), w.values(), strict=True)) for w in weights[1:])
 
 

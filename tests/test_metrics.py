@@ -83,7 +83,12 @@ def test_word_scores_count_words_as_the_paper_does():
     gold = [[Span(0, 2, "A"), Span(3, 4, "B")], []]
     guess = [[Span(1, 3, "A"), Span(3, 4, "A")], []]
     found = metrics.word_scores(gold, guess, [5, 5])  # words 0-4: A A - B - against - A A A -
-    assert found == {"accuracy": 70.0, "precision": pytest.approx(100 / 3), "recall": pytest.approx(100 / 3), "f1": pytest.approx(100 / 3)}
+    assert found == {
+        "accuracy": 70.0,
+        "precision": pytest.approx(100 / 3),
+        "recall": pytest.approx(100 / 3),
+        "f1": pytest.approx(100 / 3),
+    }
     nothing = metrics.word_scores(gold, [[], []], [5, 5])
     assert nothing == {"accuracy": 70.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
     assert set(metrics.word_scores(gold, gold, [5, 5]).values()) == {100.0}

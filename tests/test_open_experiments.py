@@ -37,7 +37,9 @@ def wise(parts, sure=0.9):
 
 
 def test_types_become_words_and_parts_keep_the_order_of_the_file(parts):
-    assert parts.types == ["location", "person"] and [len(p) for p in (parts.labelled, parts.transfer, parts.dev, parts.test)] == [8, 4, 1, 3]
+    assert parts.types == ["location", "person"] and [
+        len(p) for p in (parts.labelled, parts.transfer, parts.dev, parts.test)
+    ] == [8, 4, 1, 3]
     assert [s.tokens for s in parts.labelled] == [s.tokens for s in WORDS[:8]]
     assert parts.labelled[0].spans == (Span(0, 1, "person"), Span(3, 4, "location"))
     assert oe.divide(SET, oe.OpenProtocol(labelled=3, transfer=2, test=1)).test == parts.test[-1:]
@@ -106,7 +108,16 @@ def test_the_tables_hold_both_references(parts, protocol):
     runs = [oe.run("hard student", seed, protocol, parts, answers, 8)[0] for seed in (0, 1)]
     runs += [oe.run("distilled student", seed, protocol, parts, answers, 8)[0] for seed in (0, 1)]
     for table in (oe.table(runs, parts, answers, 99), oe.paper_table(runs, parts, answers, 99)):
-        assert list(table.columns[:8]) == ["model", "seed", "reference", "accuracy", "precision", "recall", "f1", "span_precision"]
+        assert list(table.columns[:8]) == [
+            "model",
+            "seed",
+            "reference",
+            "accuracy",
+            "precision",
+            "recall",
+            "f1",
+            "span_precision",
+        ]
         assert len(table) == 2 * 5 and set(table["model"]) == {"teacher", "hard student", "distilled student"}
         own = table[(table["model"] == "teacher") & (table["reference"] == "teacher")].iloc[0]
         assert own["accuracy"] == own["recall"] == own["span_f1"] == 100 and own["parameters"] == 99

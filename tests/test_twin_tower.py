@@ -77,13 +77,17 @@ def test_soft_targets_of_labels_not_asked_for_cost_nothing(model):
     rows = model.encode([Sentence(("anna",)), Sentence(("paris",))], [("PER",), LABELS], teacher)
     batch = rows.collate([0, 1])
     value = losses.soft_targets(model(batch), batch.teacher, batch.mask, 2.0)
-    alone = [losses.soft_targets(model(rows.collate([r])), rows.collate([r]).teacher, torch.ones(1, 1).bool(), 2.0) for r in (0, 1)]
+    alone = [
+        losses.soft_targets(model(rows.collate([r])), rows.collate([r]).teacher, torch.ones(1, 1).bool(), 2.0) for r in (0, 1)
+    ]
     torch.testing.assert_close(value, torch.stack(alone).mean())
     value.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-TEXT = st.text(st.one_of(st.sampled_from("ab \n.é\u0301👩\u200d😀नि中'-<&"), st.characters(exclude_categories=["Cs"])), max_size=60)
+TEXT = st.text(
+    st.one_of(st.sampled_from("ab \n.é\u0301👩\u200d😀नि中'-<&"), st.characters(exclude_categories=["Cs"])), max_size=60
+)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
