@@ -12,7 +12,7 @@ import contextlib
 import io
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -142,9 +142,8 @@ def answers(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequen
     out = []
     for i, labels in enumerate(asked):
         entities = tuple(Span(start, end, labels[c]) for start, end, c in stored[f"{i} entities"].tolist())
-        out.append(
-            Answer(entities, stored[f"{i} covering"].float(), stored[f"{i} inside"].float() if f"{i} inside" in stored else None)
-        )
+        inside = stored.get(f"{i} inside")
+        out.append(Answer(entities, stored[f"{i} covering"].float(), None if inside is None else inside.float()))
     return out
 
 
@@ -152,40 +151,41 @@ def _stored(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequen
     """Entities and scores of every sentence, asked in batches of like length; half precision is kept, ample for a score."""
     stored: dict[str, Tensor] = {}
     rows = sorted(range(len(sentences)), key=lambda i: (len(asked[i]), len(sentences[i].tokens)))
-    rows = [i for i in rows if asked[i]]
-    for i in range(len(sentences)):
-        if not asked[i]:
-            stored[f"{i} entities"], stored[f"{i} covering"] = (
-                torch.zeros(0, 3, dtype=torch.long),
-                torch.zeros(len(sentences[i].tokens), 0),
-            )
     for at in range(0, len(rows), batch_size):
         part = rows[at : at + batch_size]
-        words = [list(sentences[i].tokens) for i in part]
-        batch = model.collate_batch(model.prepare_base_input(words), [list(asked[i]) for i in part])
-        _check_whole(batch, words, part, model.data_processor.transformer_tokenizer.model_max_length)
-        out = model.run_batch(batch, threshold=0.5)
-        decoded = model.decode_batch(out, batch, threshold=0.5)
-        for row, i in enumerate(part):
-            size, own = len(words[row]), {label: c for c, label in enumerate(asked[i])}
-            found = [[e.start, e.end + 1, own[e.entity_type]] for e in decoded[row]]
-            stored[f"{i} entities"] = torch.tensor(sorted(found), dtype=torch.long).reshape(-1, 3)
-            scores = out.logits[row, :size, ..., :].sigmoid().cpu()
-            spans = scores[:, :, : len(own)] if model.config.span_mode != "token_level" else span_scores(scores[:, : len(own)])
-            stored[f"{i} covering"] = by_covering_span(spans).half()
-            if model.config.span_mode == "token_level":
-                stored[f"{i} inside"] = scores[:, : len(own), 2].half()
+        for i, own in zip(part, _ask(model, [sentences[i] for i in part], [asked[i] for i in part]), strict=True):
+            stored |= {f"{i} {name}": scores for name, scores in own.items()}
     return stored
 
 
-def _check_whole(batch: dict[str, Any], words: Sequence[Sequence[str]], rows: Sequence[int], most_pieces: int) -> None:
+def _ask(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:
+    """One batch through gliner's own steps: per sentence its entities and the scores of the labels it is asked for, if any."""
+    words = [list(s.tokens) for s in sentences]
+    batch = model.collate_batch(model.prepare_base_input(words), [list(labels) for labels in asked])
+    _check_whole(batch, words, model.data_processor.transformer_tokenizer.model_max_length)
+    out = model.run_batch(batch, threshold=0.5)
+    decoded = model.decode_batch(out, batch, threshold=0.5)
+    by_token = model.config.span_mode == "token_level"
+    for own, labels, logits, found in zip(words, asked, out.logits, decoded, strict=True):
+        place = {label: c for c, label in enumerate(labels)}
+        entities = sorted([e.start, e.end + 1, place[e.entity_type]] for e in found if labels)
+        scores = logits[: len(own)].sigmoid().cpu()  # token mode [L, C, 3], span modes [L, W, C]
+        spans = span_scores(scores[:, : len(labels)]) if by_token else scores[..., : len(labels)]
+        yield {
+            "entities": torch.tensor(entities, dtype=torch.long).reshape(-1, 3),
+            "covering": by_covering_span(spans).half(),
+        } | ({"inside": scores[:, : len(labels), 2].half()} if by_token else {})
+
+
+def _check_whole(batch: dict[str, Any], words: Sequence[Sequence[str]], most_pieces: int) -> None:
     """ValueError if gliner has cut a sentence: it does so without a word."""
-    for row, (i, own) in enumerate(zip(rows, words, strict=True)):
+    for row, own in enumerate(words):
         full = int(batch["attention_mask"][row].sum()) >= most_pieces
         seen = int(batch["words_mask"][row].max()) if full else len(batch["tokens"][row])
         if seen < len(own):
+            begins = " ".join(own)[:40]
             raise ValueError(
-                f"sentence {i}: this GLiNER reads {seen} of its {len(own)} words with these labels; expected shorter text"
+                f"{begins!r}...: this GLiNER reads {seen} of its {len(own)} words with these labels; expected shorter text"
             )
 
 

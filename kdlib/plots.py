@@ -106,7 +106,7 @@ def curves(axes: Axes, table: pd.DataFrame, x: str, y: str, by: str = "method", 
         at = np.array(sorted(rows[x].unique()))
         mean, half = np.array([metrics.interval(grouped.get_group(v)) for v in at]).T
         colour = COLOURS.get(name, "#333333")
-        axes.plot(at, mean, color=colour)
+        axes.plot(at, mean, color=colour, label=name)
         axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
         ends.append((mean[-1], at[-1], name, colour))
     if labels:
