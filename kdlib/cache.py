@@ -73,11 +73,38 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield aside / path.name
-        if (aside / path.name).is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside / path.name, path)
+        if (
+            aside / path.name
+        ).is_dir() and path.is_dir():  # a folder cannot be renamed over another: the old one steps aside first
+            os.replace(path, aside / "old")
+            try:
+                os.replace(aside / path.name, path)
+            except BaseException:
+                os.replace(aside / "old", path)
+                raise
+        else:
+            os.replace(aside / path.name, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def saving(folder: str | Path) -> Iterator[Path]:
+    """A folder to write a model into, which takes the place of an earlier one whole or not at all.
+
+    FileExistsError if `folder` is a file, or holds files that this model would not write: nobody's work is deleted.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: expected a folder or nothing, got a file")
+    with replacing(target) as aside:
+        aside.mkdir()
+        yield aside
+        strange = {f.name for f in target.iterdir()} - {f.name for f in aside.iterdir()} if target.exists() else set()
+        if strange:
+            raise FileExistsError(
+                f"{target}: expected a new folder or an earlier save of this model, got one with {sorted(strange)}"
+            )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import gliner
 import torch
 import transformers
 from gliner import GLiNER
@@ -29,6 +30,8 @@ from kdlib.data import Sentence
 from kdlib.labels import Span
 
 READINGS = ("spans", "tokens")
+BATCH = 32  # sentences asked at once
+_VERSIONS = {"gliner": gliner.__version__, "transformers": transformers.__version__, "kdlib": 1}  # raise the last with `trained`
 WIDEST = 12  # words of the widest span that is given a score in token mode, as in GLiNER's own configurations
 
 
@@ -53,11 +56,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a GLiNER says of one sentence asked for C labels: its entities, and scores [L, C] between 0 and 1.
+    """What a GLiNER says of one sentence, `asked` for C labels: its entities, and scores [L, C] between 0 and 1.
 
     covering: the best span over each word; inside: the word's own score, None but in token mode.
     """
 
+    asked: tuple[str, ...]
     entities: tuple[Span, ...]
     covering: Tensor
     inside: Tensor | None
@@ -70,7 +74,17 @@ def load(name: str) -> GLiNER:
     try:
         with backbones.quiet():
             return GLiNER.from_pretrained(name).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise OSError(
             f"cannot load the GLiNER {name!r} ({type(error).__name__}: {reason}). Expected a folder with gliner_config.json and weights, "
@@ -81,7 +95,13 @@ def load(name: str) -> GLiNER:
 def trained(sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], recipe: Recipe, encoder: str = "minilm") -> GLiNER:
     """A GLiNER trained on labelled sentences by gliner's own `train_model`, or read back; entities of types not asked for are left out."""
     source = str(backbones.minilm()) if encoder == "minilm" else encoder
-    key = cache.digest("gliner", transformers.__version__, backbones.load(encoder).encoder, recipe, list(asked), list(sentences))
+    unlabelled = next((s for s in sentences if s.spans is None), None)
+    if unlabelled is not None or not sentences:
+        raise ValueError(f"expected labelled sentences to train a GLiNER on, got {unlabelled or 'none'}")
+    backbone = backbones.load(encoder)
+    key = cache.digest(
+        "gliner", _VERSIONS, backbone.encoder, backbone.tokenizer.backend_tokenizer.to_str(), recipe, list(asked), list(sentences)
+    )
     folder = cache.path("gliner", key)
     with cache.locked(folder):
         if not folder.exists():
@@ -132,27 +152,31 @@ def _example(sentence: Sentence, labels: Sequence[str], recipe: Recipe, number: 
     return {"tokenized_text": list(sentence.tokens), "ner": spans, "ner_labels": chosen}
 
 
-def answers(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], batch_size: int = 32) -> list[Answer]:
+def answers(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]]) -> list[Answer]:
     """What the model says of every sentence, through its public batch API, in order; computed once and remembered.
 
     ValueError for a sentence that the model would cut: more words than its `max_len`, or more pieces than its encoder reads.
     """
-    key = cache.digest("gliner answers", model.model, [s.tokens for s in sentences], list(map(list, asked)))
-    stored = cache.tensors("gliner_answers", key, lambda: _stored(model, sentences, asked, batch_size))
+    repeated = next((labels for labels in asked if len(set(labels)) < len(labels)), None)
+    if len(sentences) != len(asked) or repeated is not None:
+        raise ValueError(f"expected distinct labels for each of {len(sentences)} sentences, got {repeated or len(asked)}")
+    tokenizer = model.data_processor.transformer_tokenizer.backend_tokenizer.to_str()
+    key = cache.digest("gliner answers", _VERSIONS, model.model, tokenizer, [s.tokens for s in sentences], list(map(list, asked)))
+    stored = cache.tensors("gliner_answers", key, lambda: _stored(model, sentences, asked))
     out = []
     for i, labels in enumerate(asked):
         entities = tuple(Span(start, end, labels[c]) for start, end, c in stored[f"{i} entities"].tolist())
         inside = stored.get(f"{i} inside")
-        out.append(Answer(entities, stored[f"{i} covering"].float(), None if inside is None else inside.float()))
+        out.append(Answer(tuple(labels), entities, stored[f"{i} covering"].float(), None if inside is None else inside.float()))
     return out
 
 
-def _stored(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], batch_size: int) -> dict[str, Tensor]:
+def _stored(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]]) -> dict[str, Tensor]:
     """Entities and scores of every sentence, asked in batches of like length; half precision is kept, ample for a score."""
     stored: dict[str, Tensor] = {}
     rows = sorted(range(len(sentences)), key=lambda i: (len(asked[i]), len(sentences[i].tokens)))
-    for at in range(0, len(rows), batch_size):
-        part = rows[at : at + batch_size]
+    for at in range(0, len(rows), BATCH):
+        part = rows[at : at + BATCH]
         for i, own in zip(part, _ask(model, [sentences[i] for i in part], [asked[i] for i in part]), strict=True):
             stored |= {f"{i} {name}": scores for name, scores in own.items()}
     return stored
@@ -170,11 +194,12 @@ def _ask(model: GLiNER, sentences: Sequence[Sentence], asked: Sequence[Sequence[
         place = {label: c for c, label in enumerate(labels)}
         entities = sorted([e.start, e.end + 1, place[e.entity_type]] for e in found if labels)
         scores = logits[: len(own)].sigmoid().cpu()  # token mode [L, C, 3], span modes [L, W, C]
-        spans = span_scores(scores[:, : len(labels)]) if by_token else scores[..., : len(labels)]
-        yield {
-            "entities": torch.tensor(entities, dtype=torch.long).reshape(-1, 3),
-            "covering": by_covering_span(spans).half(),
-        } | ({"inside": scores[:, : len(labels), 2].half()} if by_token else {})
+        covering = by_covering_span(span_scores(scores[:, : len(labels)]) if by_token else scores[..., : len(labels)])
+        for e in found if labels else ():  # token mode may decode an entity wider than any scored span
+            words_of_it = covering[e.start : e.end + 1, place[e.entity_type]]
+            words_of_it.clamp_(min=e.score)
+        answer = {"entities": torch.tensor(entities, dtype=torch.long).reshape(-1, 3), "covering": covering.half()}
+        yield answer | ({"inside": scores[:, : len(labels), 2].half()} if by_token else {})
 
 
 def _check_whole(batch: dict[str, Any], words: Sequence[Sequence[str]], most_pieces: int) -> None:

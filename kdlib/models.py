@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdlib import backbones
 from kdlib.batches import Batch, Encoded, encode, in_turn
-from kdlib.cache import replacing
+from kdlib.cache import saving
 from kdlib.crf import LinearChainCRF
 from kdlib.data import Sentence
 from kdlib.labels import Span, legal_iob2, to_spans
@@ -72,7 +72,7 @@ class Tagger(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the tokenizer into `folder`, whole or not at all."""
         shape = {"labels": self.labels, "dropout": self.dropout.p, "kind": self.encoder.kind, "encoder": self.encoder.config()}
-        with replacing(Path(folder)) as aside:
+        with saving(folder) as aside:
             self.tokenizer.save_pretrained(aside)
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, aside / "model.safetensors")
             (aside / "tagger.json").write_text(json.dumps(shape, indent=1, default=str), encoding="utf8")

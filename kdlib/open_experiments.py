@@ -74,14 +74,18 @@ class OpenParts:
         """The types a teacher trained here has met."""
         return {span.type for s in self.transfer for span in s.spans}
 
-    def asked(self, sentences: Iterable[Sentence]) -> list[tuple[str, ...]]:
-        """The labels each sentence is asked for: all types where there are few; else its own and as many common others, at least 4."""
-        return [tuple(self.types) if len(self.types) <= CLOSED else self._drawn(s) for s in sentences]
+    def asked(self, sentence: Sentence) -> tuple[str, ...]:
+        """The labels a sentence is asked for: all types where there are few.
 
-    def _drawn(self, sentence: Sentence) -> tuple[str, ...]:
-        rng = random.Random(zlib.crc32(" ".join(sentence.tokens).encode()))
-        own = sorted({s.type for s in sentence.spans})
-        wanted, chosen = len(own) + max(4, len(own)), list(own)
+        Where there are many: its own types and as many others, at least 4, drawn from the mentions, for sentences whose gold labels may
+        be known; 8 drawn ones for the transfer part, so that its gold labels do not show in the question.
+        """
+        if len(self.types) <= CLOSED:
+            return tuple(self.types)
+        own = set() if sentence.spans is None else {s.type for s in sentence.spans}
+        rng = random.Random(zlib.crc32(" ".join(sentence.tokens).encode("utf8", "surrogatepass")))
+        wanted = min(len(own) + max(4, len(own)) if sentence.spans is not None else 8, len(own | set(self.mentions)))
+        chosen = sorted(own)
         while len(chosen) < wanted:
             other = rng.choice(self.mentions)
             chosen += [] if other in chosen else [other]
@@ -92,6 +96,13 @@ class OpenParts:
 def divide(dataset: Dataset, protocol: OpenProtocol) -> OpenParts:
     """The first `labelled` training sentences, the next `transfer` ones, the first of dev, the last of test; ValueError if too few."""
     parts = {name: [in_words(s) for s in getattr(dataset, name) if s.spans is not None] for name in ("train", "dev", "test")}
+    types = sorted({span.type for part in parts.values() for s in part for span in s.spans})
+    if not (types and parts["dev"] and parts["test"]) or min(protocol.dev, protocol.test, protocol.transfer) < 0:
+        raise ValueError(
+            f"{dataset.name}: expected entities, dev and test sentences, and sizes of 0 or more, got {len(types)} types, "
+            f"{len(parts['dev'])} and {len(parts['test'])} sentences, "
+            f"transfer={protocol.transfer}, dev={protocol.dev}, test={protocol.test}"
+        )
     end = protocol.labelled + protocol.transfer if protocol.transfer else len(parts["train"])
     if not 0 < protocol.labelled < end <= len(parts["train"]):
         raise ValueError(
@@ -99,7 +110,6 @@ def divide(dataset: Dataset, protocol: OpenProtocol) -> OpenParts:
             f"got labelled={protocol.labelled}, transfer={protocol.transfer}"
         )
     labelled = parts["train"][: protocol.labelled]
-    types = sorted({span.type for part in parts.values() for s in part for span in s.spans})
     return OpenParts(
         labelled,
         parts["train"][protocol.labelled : end],
@@ -119,14 +129,18 @@ def teacher_of(protocol: OpenProtocol, parts: OpenParts) -> gliner_teacher.GLiNE
     """The protocol's teacher: loaded by name, or trained on the transfer part's labels."""
     if protocol.teacher != "train":
         return gliner_teacher.load(protocol.teacher)
-    return gliner_teacher.trained(parts.transfer, parts.asked(parts.transfer), protocol.recipe, protocol.encoder)
+    return gliner_teacher.trained(parts.transfer, [parts.asked(s) for s in parts.transfer], protocol.recipe, protocol.encoder)
 
 
 @dataclass
 class Answers:
-    """What one teacher says of every sentence of the parts, by the sentence's words."""
+    """What one teacher says of every sentence of the parts, by the sentence's words, and what each was asked for."""
 
     of: dict[tuple[str, ...], Answer]
+
+    def asked(self, sentences: Iterable[Sentence]) -> list[tuple[str, ...]]:
+        """The labels each was asked for; a student is asked for the same."""
+        return [self.of[s.tokens].asked for s in sentences]
 
     def entities(self, sentences: Iterable[Sentence]) -> list[tuple[Span, ...]]:
         """The teacher's own output: the paper's reference."""
@@ -141,9 +155,13 @@ class Answers:
 
 
 def ask(teacher: gliner_teacher.GLiNER, parts: OpenParts) -> Answers:
-    """The teacher's answers about all the parts."""
-    sentences = list({s.tokens: s for s in (*parts.labelled, *parts.transfer, *parts.dev, *parts.test)}.values())
-    found = gliner_teacher.answers(teacher, sentences, parts.asked(sentences))
+    """The teacher's answers about all the parts, the transfer part as plain text; a sentence that comes twice is asked once."""
+    text = [s.without_labels() for s in parts.transfer]
+    once: dict[tuple[str, ...], Sentence] = {}
+    for sentence in (*parts.labelled, *text, *parts.dev, *parts.test):
+        once.setdefault(sentence.tokens, sentence)
+    sentences = list(once.values())
+    found = gliner_teacher.answers(teacher, sentences, [parts.asked(s) for s in sentences])
     return Answers({s.tokens: a for s, a in zip(sentences, found, strict=True)})
 
 
@@ -194,8 +212,8 @@ def run(
     distilled, known = model == "distilled student", min(size, len(parts.labelled))
     student = new_student(protocol, seed)
     seen = [*parts.labelled, *parts.transfer][:size]
-    asked, soft = parts.asked(seen), answers.soft_labels(seen, protocol.reading) if distilled else None
-    data = student.encode([*seen[:known], *(s.without_labels() for s in seen[known:])], asked, soft)
+    soft = answers.soft_labels(seen, protocol.reading) if distilled else None
+    data = student.encode([*seen[:known], *(s.without_labels() for s in seen[known:])], answers.asked(seen), soft)
     settings = Settings(
         protocol.student_steps, protocol.batch_size, protocol.rate, evaluations=protocol.epochs, seed=seed, weight_decay=0.01
     )
@@ -231,11 +249,11 @@ class _Watched:
     def __init__(self, student: TwinTower, parts: OpenParts, answers: Answers) -> None:
         self.student, self.answers = student, answers
         self.parts = {"train": parts.labelled[:200], "dev": parts.dev, "last": parts.test[-PAPER_TEST:], "test": parts.test}
-        self.rows = {name: student.encode(part, parts.asked(part)) for name, part in self.parts.items()}
+        self.rows = {name: student.encode(part, answers.asked(part)) for name, part in self.parts.items()}
 
     def content(self) -> list:
         """What a digest needs to know of it."""
-        return [[rows.content() for rows in self.rows.values()], *(self._references(n) for n in ("train", "last"))]
+        return [[rows.content() for rows in self.rows.values()], *(self._references(n) for n in ("train", "dev", "last"))]
 
     def entities(self, part: str) -> list[tuple[Span, ...]]:
         """What the student finds there now."""
@@ -337,7 +355,7 @@ def quality(teacher: gliner_teacher.GLiNER, parts: OpenParts, answers: Answers, 
     if unseen is not None:
         sentences, types = unseen_types(unseen, parts.seen_types)
         asking = replace(parts, types=types, mentions=[span.type for s in sentences for span in s.spans])
-        found = gliner_teacher.answers(teacher, sentences, asking.asked(sentences))
+        found = gliner_teacher.answers(teacher, sentences, [asking.asked(s) for s in sentences])
         zero_shot = metrics.scores(sentences, [a.entities for a in found])
         rows.append({"asked for": f"{len(types)} types of {unseen.name} it was not trained on"} | zero_shot)
     return pd.DataFrame(rows).round(2)
@@ -345,7 +363,7 @@ def quality(teacher: gliner_teacher.GLiNER, parts: OpenParts, answers: Answers, 
 
 def unseen_types(dataset: Dataset, known: Iterable[str], sentences: int = 300) -> tuple[list[Sentence], list[str]]:
     """Test sentences of another data set that hold entities of types outside `known`, and these types: for zero-shot scores."""
-    test = [in_words(s) for s in dataset.test]
+    test = [in_words(s) for s in dataset.test if s.spans is not None]
     types = sorted({span.type for s in test for span in s.spans} - set(known))
     kept = [replace(s, spans=tuple(span for span in s.spans if span.type in types)) for s in test]
     return [s for s in kept if s.spans][:sentences], types

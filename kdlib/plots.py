@@ -179,9 +179,14 @@ def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping
 
 
 def marked_html(text: str, entities: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
-    """A text as HTML with entities {"start", "end", "label"} in colour; the text is escaped, so markup in it shows as text."""
+    """A text as HTML with entities {"start", "end", "label"} in colour; the text is escaped, so markup in it shows as text.
+
+    ValueError for entities that overlap or leave the text.
+    """
     out, at = [], 0
     for entity in sorted(entities, key=lambda e: e["start"]):
+        if not at <= entity["start"] < entity["end"] <= len(text):
+            raise ValueError(f"expected entities that do not overlap, within {len(text)} characters, got {dict(entity)}")
         colour = colours.get(entity["label"], "#dddddd")
         if not re.fullmatch(r"#[0-9a-fA-F]{3,8}|[a-z]+", colour):
             raise ValueError(f"colour of {entity['label']}: expected a name or #rrggbb, got {colour!r}")

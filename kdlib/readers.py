@@ -155,7 +155,7 @@ def _sentence(path: Path, at: int | str, item: object, types: Sequence[str] | No
         raise DataError(path, at, f"the labels of {present[0]} under {labels!r}", stray[0])
     try:
         sentence = make(item)
-        " ".join(sentence.tokens).encode("utf8")
+        " ".join([*sentence.tokens, *(span.type for span in sentence.spans or ())]).encode("utf8")
     except UnicodeEncodeError:
         raise DataError(path, at, "words of whole Unicode characters", ascii(sentence.tokens)) from None
     except ValueError as error:
@@ -242,7 +242,8 @@ def tidy_passages(passages: Sequence[Sentence], longest: int) -> list[Sentence]:
         for span in sorted(set(passage.spans or ()), key=lambda s: (s.start - s.end, -common[s.type], s)):
             if span.end <= end and all(span.end <= t.start or t.end <= span.start for t in taken):
                 taken.append(span)
-        out.setdefault(passage.tokens[:end], Sentence(passage.tokens[:end], tuple(sorted(taken))))
+        kept = None if passage.spans is None else tuple(sorted(taken))
+        out.setdefault(passage.tokens[:end], Sentence(passage.tokens[:end], kept))
     return list(out.values())
 
 

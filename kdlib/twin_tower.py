@@ -10,25 +10,27 @@ can be asked for, one never seen in training too: it is encoded from its pieces.
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdlib import backbones
 from kdlib.batches import in_turn
-from kdlib.cache import replacing
+from kdlib.cache import saving
 from kdlib.labels import Span, word_runs
 from kdlib.readers import WORD, Sentence
 
 CONFIG = "twin_tower.json"
+MOST_WORDS = 16_000  # of a batch in `inference`, padding included
 
 
 @dataclass
@@ -133,7 +135,13 @@ class TwinTower(nn.Module):
         dropout: float = 0.3,
     ) -> None:
         super().__init__()
+        if buckets < 1:
+            raise ValueError(f"buckets: expected at least 1, got {buckets}")
         self.tokenizer = tokenizer
+        self._splitter = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # our own: nobody else can set it to truncate
+        self._splitter.no_truncation()
+        self._splitter.no_padding()
+        self._known: dict[str, tuple[int, ...]] = {}
         self.config = {"embedding": embedding, "hidden": hidden, "layers": layers, "buckets": buckets, "dropout": dropout}
         self.embedding = nn.EmbeddingBag(len(tokenizer) + buckets, embedding, mode="mean")
         widths = [embedding] + [2 * hidden] * (layers - 1)
@@ -142,7 +150,6 @@ class TwinTower(nn.Module):
         self.label = nn.Linear(embedding, 2 * hidden)
         self.none = nn.Parameter(torch.zeros(2 * hidden))
         self.dropout = nn.Dropout(dropout)
-        self.pieces = lru_cache(maxsize=200_000)(self._pieces)
 
     @property
     def parameters_in_all(self) -> int:
@@ -181,17 +188,21 @@ class TwinTower(nn.Module):
         """The label tower: [1 + U, 2 * hidden], "none" first."""
         return torch.cat([self.none[None], self.label(self.embedding(labels.pieces, labels.starts))])
 
-    def _pieces(self, text: str) -> tuple[int, ...]:
-        """The pieces of a word or label; its bucket where the tokenizer knows none, or only part of it."""
-        words = WORD.findall(text) or [text]
-        encoded = self.tokenizer.backend_tokenizer.encode(words, is_pretokenized=True, add_special_tokens=False)
-        found = [[i for i, w in zip(encoded.ids, encoded.word_ids, strict=True) if w == n] for n in range(len(words))]
-        unknown, vocabulary = self.tokenizer.unk_token_id, len(self.tokenizer)
-        pieces: list[int] = []
-        for word, ids in zip(words, found, strict=True):
-            lost = not ids or unknown in ids
-            pieces += [vocabulary + zlib.crc32(word.encode("utf8", "surrogatepass")) % self.config["buckets"]] if lost else ids
-        return tuple(pieces)
+    def pieces(self, text: str) -> tuple[int, ...]:
+        """The pieces of a word or label, remembered; a bucket for each of its words that the tokenizer does not know, or only in part."""
+        if text not in self._known:
+            if len(self._known) >= 200_000:
+                self._known.clear()
+            self._known[text] = tuple(piece for word in WORD.findall(text) or [text] for piece in self._pieces_of_word(word))
+        return self._known[text]
+
+    def _pieces_of_word(self, word: str) -> list[int]:
+        raw = word.encode("utf8", "surrogatepass")
+        whole = raw.decode("utf8", "ignore") == word
+        ids = self._splitter.encode([word], is_pretokenized=True, add_special_tokens=False).ids if whole else []
+        if ids and self.tokenizer.unk_token_id not in ids:
+            return ids
+        return [len(self.tokenizer) + zlib.crc32(raw) % self.config["buckets"]]
 
     def encode(
         self, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], teacher: list[Tensor] | None = None
@@ -247,6 +258,8 @@ class TwinTower(nn.Module):
         """
         texts, labels = [texts] if isinstance(texts, str) else list(texts), _checked_labels(labels)
         _check_calls(texts, threshold, flat_ner, multi_label)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected a whole number from 1, got {batch_size!r}")
         found: list[list[dict[str, Any]]] = [[] for _ in texts]
         words = [[(m.start(), m.end()) for m in WORD.finditer(text)] for text in texts]
         rows = sorted((i for i, w in enumerate(words) if w), key=lambda i: len(words[i]))
@@ -255,8 +268,7 @@ class TwinTower(nn.Module):
         was_training, device = self.training, self.none.device
         self.eval()
         towers = self.label_vectors(_to(_bags([self.pieces(label) for label in labels]), device)).T
-        for at in range(0, len(rows), batch_size):
-            part = rows[at : at + batch_size]
+        for part in _batches(rows, [len(w) for w in words], batch_size):
             lengths = [len(words[i]) for i in part]
             mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
             bags = _to(_bags([self.pieces(texts[i][a:b]) for i in part for a, b in words[i]]), device)
@@ -269,7 +281,7 @@ class TwinTower(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write twin_tower.json, model.safetensors and the tokenizer into `folder`, whole or not at all."""
-        with replacing(Path(folder)) as aside:
+        with saving(folder) as aside:
             self.tokenizer.save_pretrained(aside)
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, aside / "model.safetensors")
             (aside / CONFIG).write_text(json.dumps(self.config, indent=1), encoding="utf8")
@@ -283,12 +295,23 @@ class TwinTower(nn.Module):
         try:
             model = cls(AutoTokenizer.from_pretrained(folder), **json.loads((folder / CONFIG).read_text(encoding="utf8")))
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{folder}: expected the files of a whole TwinTower, got {type(error).__name__}: {reason}"
             ) from error
         return model.eval()
+
+
+def _batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Rows, shortest first, at most `size` at once and fewer where a long text would make much padding of the others."""
+    part: list[int] = []
+    for row in rows:
+        if part and (len(part) == size or (len(part) + 1) * lengths[row] > MOST_WORDS):
+            yield part
+            part = []
+        part.append(row)
+    yield part
 
 
 def _to(bags: Bags, device: torch.device) -> Bags:
@@ -331,7 +354,7 @@ def _check_calls(texts: Sequence[str], threshold: float, flat_ner: bool, multi_l
     wrong = next((t for t in texts if not isinstance(t, str)), None)
     if wrong is not None:
         raise TypeError(f"texts: expected strings, got {type(wrong).__name__}")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a probability from 0 to 1, got {threshold!r}")
     if not flat_ner or multi_label:
         raise ValueError(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kdlib import gliner_teacher
 from kdlib.data import Sentence
 from kdlib.gliner_teacher import Recipe, by_covering_span, soft_labels, span_scores
+from kdlib.labels import Span
 
 ASKED = [("LOC", "PER")] * len(SENTENCES)
 TINY = Recipe(steps=2, batch_size=4, hidden=16)
@@ -96,6 +97,24 @@ def test_labels_may_differ_from_sentence_to_sentence_and_be_none(make):
 def test_a_sentence_that_gliner_would_cut_is_an_error(make):
     with pytest.raises(ValueError, match=r"anna anna.*: this GLiNER reads \d+ of its 200 words"):
         gliner_teacher.answers(make(), [Sentence(("anna",) * 200)], [("PER",)])
+
+
+def test_a_question_that_does_not_fit_is_an_error_and_leaves_no_entry(make):
+    for asked in ([("PER", "PER")], [], [("PER",)] * 2):
+        with pytest.raises(ValueError, match="expected distinct labels for each of 1 sentences"):
+            gliner_teacher.answers(make(), SENTENCES[:1], asked)
+    with pytest.raises(ValueError, match="expected labelled sentences to train a GLiNER on"):
+        gliner_teacher.trained([Sentence(("a",))], [("PER",)], TINY)
+
+
+def test_an_entity_wider_than_any_scored_span_is_taught_too(make, monkeypatch):
+    model = make()
+    with torch.no_grad():  # sure of everything: the whole sentence is one entity
+        model.model.scorer.out_mlp[-1].weight.zero_()
+        model.model.scorer.out_mlp[-1].bias.fill_(3.0)
+    (answer,) = gliner_teacher.answers(model, [Sentence(("anna",) * 20)], [("PER",)])
+    assert answer.entities == (Span(0, 20, "PER"),) or all(s.end - s.start == 1 for s in answer.entities)
+    assert (soft_labels(answer.covering)[:, 0] < 0.5).all()
 
 
 def test_span_scores_are_the_least_of_start_end_and_insides():

@@ -29,10 +29,11 @@ def wise(parts, sure=0.9):
     """A teacher that knows gold."""
     answers = {}
     for s in (*parts.labelled, *parts.transfer, *parts.dev, *parts.test):
-        scores = torch.full((len(s.tokens), len(parts.types)), 0.01)
+        asked = parts.asked(s)
+        scores = torch.full((len(s.tokens), len(asked)), 0.01)
         for start, end, kind in s.spans:
-            scores[start:end, parts.types.index(kind)] = sure
-        answers[s.tokens] = Answer(s.spans, scores, None)
+            scores[start:end, asked.index(kind)] = sure
+        answers[s.tokens] = Answer(asked, s.spans, scores, None)
     return oe.Answers(answers)
 
 
@@ -43,19 +44,32 @@ def test_types_become_words_and_parts_keep_the_order_of_the_file(parts):
     assert [s.tokens for s in parts.labelled] == [s.tokens for s in WORDS[:8]]
     assert parts.labelled[0].spans == (Span(0, 1, "person"), Span(3, 4, "location"))
     assert oe.divide(SET, oe.OpenProtocol(labelled=3, transfer=2, test=1)).test == parts.test[-1:]
+    for broken in (
+        Dataset("x", WORDS, [], WORDS),
+        Dataset("x", WORDS, WORDS, []),
+        Dataset("x", [Sentence(("a",), ())], WORDS[3:4], WORDS[3:4]),
+    ):
+        with pytest.raises(ValueError, match="x: expected entities, dev and test sentences"):
+            oe.divide(broken, oe.OpenProtocol(labelled=1))
+    with pytest.raises(ValueError, match="sizes of 0 or more"):
+        oe.divide(SET, oe.OpenProtocol(labelled=1, test=-1))
     for labelled, transfer in ((12, 0), (0, 0), (8, 5)):
         with pytest.raises(ValueError, match="expected labelled and transfer sentences out of 12"):
             oe.divide(SET, oe.OpenProtocol(labelled=labelled, transfer=transfer))
 
 
 def test_with_many_types_a_sentence_is_asked_for_its_own_and_as_many_others(parts):
-    assert set(parts.asked(parts.test)) == {("location", "person")}
+    assert {parts.asked(s) for s in parts.test} == {("location", "person")}
     types = [f"type {i}" for i in range(50)]
     many = replace(parts, types=types, mentions=types)
     sentence = Sentence(("a", "b", "c"), (Span(0, 1, "type 3"), Span(1, 2, "type 9")))
-    (asked,) = many.asked([sentence])
+    asked = many.asked(sentence)
     assert {"type 3", "type 9"} <= set(asked) and len(asked) == len(set(asked)) == 6
-    assert many.asked([sentence]) == [asked] and asked != many.asked([replace(sentence, tokens=("x", "y", "z"))])[0]
+    assert many.asked(sentence) == asked and asked != many.asked(replace(sentence, tokens=("x", "y", "z")))
+    assert len(many.asked(sentence.without_labels())) == 8
+    few = replace(many, mentions=["type 1", "type 1"])
+    assert sorted(few.asked(sentence)) == ["type 1", "type 3", "type 9"] and few.asked(sentence.without_labels()) == ("type 1",)
+    assert replace(many, mentions=[]).asked(sentence.without_labels()) == ()
 
 
 def test_both_students_learn_and_a_second_call_reads_them_back(parts, protocol, monkeypatch):
@@ -79,6 +93,20 @@ def test_gold_labels_of_the_transfer_part_reach_no_student(parts, protocol):
     assert all(a.equal(b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+def test_the_question_to_the_teacher_does_not_show_the_gold_labels_of_the_transfer_part(parts, monkeypatch):
+    types = [f"type {i}" for i in range(60)]
+    renamed = [Sentence((*"abc", str(i)), (Span(0, 1, types[i]),)) for i in range(60)]
+    many = replace(
+        parts, labelled=renamed[:30], transfer=renamed[30:50], dev=renamed[50:55], test=renamed[55:], types=types, mentions=types
+    )
+    spoilt = replace(many, transfer=[replace(s, spans=()) for s in many.transfer])
+    asked = []
+    monkeypatch.setattr(gliner_teacher, "answers", lambda model, sentences, labels: asked.append(labels) or [None] * len(labels))
+    oe.ask(None, many)
+    oe.ask(None, spoilt)
+    assert asked[0] == asked[1] and all(types[55 + i] in asked[0][55 + i] for i in range(5))
+
+
 def test_with_alpha_0_a_distilled_student_sees_no_gold_label_at_all(parts, protocol):
     answers, none = wise(parts), replace(protocol, alpha=0.0)
     spoilt = replace(parts, labelled=[replace(s, spans=()) for s in parts.labelled])
@@ -87,7 +115,7 @@ def test_with_alpha_0_a_distilled_student_sees_no_gold_label_at_all(parts, proto
 
 
 def test_a_teacher_that_knows_nothing_teaches_nothing(parts, protocol):
-    blank = oe.Answers({t: Answer((), torch.zeros_like(a.covering), None) for t, a in wise(parts).of.items()})
+    blank = oe.Answers({t: replace(a, entities=(), covering=torch.zeros_like(a.covering)) for t, a in wise(parts).of.items()})
     found, _ = oe.run("distilled student", 0, replace(protocol, alpha=0.0, student_steps=60), parts, blank, 12)
     assert not any(found.predicted)
 

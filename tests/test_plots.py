@@ -47,3 +47,5 @@ def test_marked_text_is_escaped_whatever_it_holds():
     html = plots.marked_html(text, [{"start": 3, "end": 7, "label": "<i>"}], {"<i>": "#ffcc00"})
     assert "<b>" not in html and "<i>" not in html
     assert html.startswith("&lt;b&gt;<mark") and "Rome <small>&lt;i&gt;</small></mark>&lt;/b&gt; &amp; &#x27;x&#x27;" in html
+    with pytest.raises(ValueError, match="expected entities that do not overlap"):
+        plots.marked_html("New York", [{"start": 0, "end": 8, "label": "x"}, {"start": 4, "end": 8, "label": "x"}], {})

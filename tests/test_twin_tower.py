@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from kdlib import backbones, losses
 from kdlib.data import Sentence
-from kdlib.twin_tower import TwinTower, spans
+from kdlib.twin_tower import TwinTower, _batches, spans
 
 LABELS = ("PER", "LOC")
 
@@ -134,6 +135,10 @@ def test_bad_input_gets_a_defined_answer_or_one_clear_error(model):
     for threshold in (True, 2, "0.5", float("nan")):
         with pytest.raises(ValueError, match="threshold: expected a probability"):
             model.predict_entities("Anna", LABELS, threshold)
+    for size in (0, -1, True, 2.5):
+        with pytest.raises(ValueError, match="batch_size: expected a whole number from 1"):
+            model.inference(["Anna"], LABELS, batch_size=size)
+    assert model.inference(["a \ud800 b"], ["PER", "\ud800"], 0.0)[0][-1]["end"] == 5
     with pytest.raises(ValueError, match="one label"):
         model.predict_entities("Anna", LABELS, multi_label=True)
 
@@ -153,6 +158,40 @@ def test_saved_and_read_back_it_answers_the_same(model, tmp_path):
         assert again.predict_entities(text, LABELS, 0.1) == model.predict_entities(text, LABELS, 0.1)
 
 
+def test_saving_never_deletes_what_is_not_its_own(model, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    with pytest.raises(
+        FileExistsError, match=r"work: expected a new folder or an earlier save of this model, got one with \['thesis.txt'\]"
+    ):
+        model.save_pretrained(tmp_path / "work")
+    with pytest.raises(FileExistsError, match="expected a folder or nothing, got a file"):
+        model.save_pretrained(tmp_path / "work" / "thesis.txt")
+    assert [f.name for f in tmp_path.iterdir()] == ["work"] and (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+    model.save_pretrained(tmp_path / "twin")
+    model.save_pretrained(tmp_path / "twin")
+    before = (tmp_path / "twin" / "model.safetensors").read_bytes()
+    nn.init.zeros_(model.none)
+    replace, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(1)
+        if len(calls) == 2:  # the old folder stands aside, the new one is about to take its name
+            raise OSError("disk gone")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk gone"):
+        model.save_pretrained(tmp_path / "twin")
+    assert (tmp_path / "twin" / "model.safetensors").read_bytes() == before
+
+
+def test_a_long_text_does_not_make_padding_of_short_ones():
+    lengths = [2] * 40 + [9000, 9000]
+    found = list(_batches(range(42), lengths, 32))
+    assert found == [list(range(32)), list(range(32, 40)), [40], [41]]
+
+
 def test_a_folder_that_is_no_model_or_is_damaged_says_so(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a folder written by TwinTower.save_pretrained"):
         TwinTower.from_pretrained(tmp_path)
@@ -162,7 +201,7 @@ def test_a_folder_that_is_no_model_or_is_damaged_says_so(model, tmp_path):
     damages = {
         "model.safetensors": [b"", whole["model.safetensors"][:500], None],
         "twin_tower.json": [b"{", b"{}", b'{"hidden": 7}', b'{"wide": 1}', b"[]"],
-        "tokenizer.json": [b"{}"],
+        "tokenizer.json": [b"{}", b"null"],
     }
     for name, contents in damages.items():
         for content in contents:
