@@ -34,13 +34,14 @@ class OpenProtocol:
     """What a run depends on besides its method and seed. Sizes are sentences, in the order of the files; 0 takes all there are.
 
     teacher: 'train', or a GLiNER's folder or hub name. labelled: sentences whose gold labels the students may see, the first ones;
-    transfer: the next ones, plain text to the students; a teacher trained here learns from their labels. reading: how scores become
-    soft labels, 'spans' or 'tokens'.
+    teaching: the next ones, with whose labels a teacher is trained here, read by no student; transfer: the ones after these, whose gold
+    labels nobody sees. reading: how scores become soft labels, 'spans' or 'tokens'.
     """
 
     teacher: str = "train"
     encoder: str = "minilm"
     labelled: int = 1000
+    teaching: int = 0
     transfer: int = 0
     dev: int = 0
     test: int = 0
@@ -60,9 +61,10 @@ class OpenProtocol:
 
 @dataclass(frozen=True)
 class OpenParts:
-    """A data set as a protocol divides it; types are words. `transfer` has gold labels that no student sees."""
+    """A data set as a protocol divides it; types are words. `transfer` has gold labels that nobody sees."""
 
     labelled: list[Sentence]
+    teaching: list[Sentence]
     transfer: list[Sentence]
     dev: list[Sentence]
     test: list[Sentence]
@@ -72,7 +74,7 @@ class OpenParts:
     @property
     def seen_types(self) -> set[str]:
         """The types a teacher trained here has met."""
-        return {span.type for s in self.transfer for span in s.spans}
+        return {span.type for s in self.teaching for span in s.spans}
 
     def asked(self, sentence: Sentence) -> tuple[str, ...]:
         """The labels a sentence is asked for: all types where there are few.
@@ -94,7 +96,10 @@ class OpenParts:
 
 
 def divide(dataset: Dataset, protocol: OpenProtocol) -> OpenParts:
-    """The first `labelled` training sentences, the next `transfer` ones, the first of dev, the last of test; ValueError if too few."""
+    """The first `labelled` training sentences, then those for teaching, then transfer; the first of dev, the last of test.
+
+    ValueError where there are too few.
+    """
     parts = {name: [in_words(s) for s in getattr(dataset, name) if s.spans is not None] for name in ("train", "dev", "test")}
     types = sorted({span.type for part in parts.values() for s in part for span in s.spans})
     if not (types and parts["dev"] and parts["test"]) or min(protocol.dev, protocol.test, protocol.transfer) < 0:
@@ -103,16 +108,18 @@ def divide(dataset: Dataset, protocol: OpenProtocol) -> OpenParts:
             f"{len(parts['dev'])} and {len(parts['test'])} sentences, "
             f"transfer={protocol.transfer}, dev={protocol.dev}, test={protocol.test}"
         )
-    end = protocol.labelled + protocol.transfer if protocol.transfer else len(parts["train"])
-    if not 0 < protocol.labelled < end <= len(parts["train"]):
+    train, seen = parts["train"], protocol.labelled + protocol.teaching
+    end = seen + protocol.transfer if protocol.transfer else len(train)
+    if not (protocol.labelled > 0 and protocol.teaching >= 0 and seen <= end <= len(train)):
         raise ValueError(
-            f"{dataset.name}: expected labelled and transfer sentences out of {len(parts['train'])}, "
-            f"got labelled={protocol.labelled}, transfer={protocol.transfer}"
+            f"{dataset.name}: expected labelled, teaching and transfer sentences out of {len(train)}, "
+            f"got labelled={protocol.labelled}, teaching={protocol.teaching}, transfer={protocol.transfer}"
         )
-    labelled = parts["train"][: protocol.labelled]
+    labelled = train[: protocol.labelled]
     return OpenParts(
         labelled,
-        parts["train"][protocol.labelled : end],
+        train[protocol.labelled : seen],
+        train[seen:end],
         parts["dev"][: protocol.dev or None],
         parts["test"][-protocol.test :],
         types,
@@ -126,10 +133,10 @@ def in_words(sentence: Sentence) -> Sentence:
 
 
 def teacher_of(protocol: OpenProtocol, parts: OpenParts) -> gliner_teacher.GLiNER:
-    """The protocol's teacher: loaded by name, or trained on the transfer part's labels."""
+    """The protocol's teacher: loaded by name, or trained on the teaching part's labels."""
     if protocol.teacher != "train":
         return gliner_teacher.load(protocol.teacher)
-    return gliner_teacher.trained(parts.transfer, [parts.asked(s) for s in parts.transfer], protocol.recipe, protocol.encoder)
+    return gliner_teacher.trained(parts.teaching, [parts.asked(s) for s in parts.teaching], protocol.recipe, protocol.encoder)
 
 
 @dataclass
@@ -155,7 +162,7 @@ class Answers:
 
 
 def ask(teacher: gliner_teacher.GLiNER, parts: OpenParts) -> Answers:
-    """The teacher's answers about all the parts, the transfer part as plain text; a sentence that comes twice is asked once."""
+    """The teacher's answers about what students read and are tested on, transfer as plain text; no sentence is asked twice."""
     text = [s.without_labels() for s in parts.transfer]
     once: dict[tuple[str, ...], Sentence] = {}
     for sentence in (*parts.labelled, *text, *parts.dev, *parts.test):
