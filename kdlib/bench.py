@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+import onnxruntime
 import pandas as pd
 import torch
 import torch_struct
@@ -141,7 +142,9 @@ def _runtimes(model: GLiNER) -> dict[str, GLiNER]:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), backbones.quiet():
         warnings.simplefilter("ignore")  # the exporter's remarks on gliner's code
         model.export_to_onnx(folder)
-        onnx = GLiNER.from_pretrained(folder, runtime="onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its idle threads would take our turn's cores
+        onnx = GLiNER.from_pretrained(folder, runtime="onnxruntime", session_options=options)
         int8 = copy.deepcopy(model)
         int8.quantize("int8")
     return {"torch": model, "onnxruntime": onnx, "torch int8": int8}
