@@ -73,17 +73,16 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield aside / path.name
-        if (
-            aside / path.name
-        ).is_dir() and path.is_dir():  # a folder cannot be renamed over another: the old one steps aside first
-            os.replace(path, aside / "old")
-            try:
-                os.replace(aside / path.name, path)
-            except BaseException:
-                os.replace(aside / "old", path)
-                raise
-        else:
-            os.replace(aside / path.name, path)
+        made = aside / path.name
+        if not (made.is_dir() and path.is_dir()):
+            os.replace(made, path)
+            return
+        os.replace(path, aside / "old")  # a folder cannot be renamed over another: the old one steps aside first
+        try:
+            os.replace(made, path)
+        except BaseException:
+            os.replace(aside / "old", path)
+            raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -171,7 +171,7 @@ class TwinTower(nn.Module):
         """The word tower: [B, L, 2 * hidden].
 
         The backward direction reads each sentence reversed by itself, so padding stays last for both and reaches neither: the same
-        numbers as a packed bidirectional LSTM, from a kernel that is a third faster.
+        numbers as a packed bidirectional LSTM, without the slower kernel that packing asks for.
         """
         embedded = self.dropout(self.embedding(words.pieces, words.starts))
         hidden = embedded.new_zeros(*mask.shape, embedded.shape[1])
@@ -296,7 +296,7 @@ class TwinTower(nn.Module):
             model = cls(AutoTokenizer.from_pretrained(folder), **json.loads((folder / CONFIG).read_text(encoding="utf8")))
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
                 f"{folder}: expected the files of a whole TwinTower, got {type(error).__name__}: {reason}"
             ) from error
