@@ -8,13 +8,17 @@ vectors [N, P, `width`].
 import contextlib
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import BertProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel
 
@@ -59,11 +63,20 @@ class BiLstm(nn.Module):
 
     def forward(self, pieces: Tensor, piece_mask: Tensor) -> Tensor:
         """[N, P] -> [N, P, width]; padding does not reach the backward direction."""
-        embedded = self.dropout(self.embedding(pieces))
-        packed = nn.utils.rnn.pack_padded_sequence(embedded, piece_mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-        out, _ = self.lstm(packed)
-        out, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=pieces.shape[1])
+        out, lengths = self.dropout(self.embedding(pieces)), piece_mask.sum(1, keepdim=True)
+        position = torch.arange(pieces.shape[1], device=pieces.device)
+        flipped = torch.where(piece_mask, lengths - 1 - position, position)[..., None]
+        for layer in range(self.lstm.num_layers):
+            backwards = self._direction(f"l{layer}_reverse", out.gather(1, flipped.expand_as(out)))
+            forwards = self._direction(f"l{layer}", out)
+            out = torch.cat([forwards, backwards.gather(1, flipped.expand_as(backwards))], -1)
         return self.dropout(out)
+
+    def _direction(self, name: str, x: Tensor) -> Tensor:
+        """One direction of one layer, [N, P, .] -> [N, P, hidden]: on a CPU twice as fast as nn.LSTM on packed sequences."""
+        start = x.new_zeros(1, len(x), self.lstm.hidden_size)
+        weights = [getattr(self.lstm, f"{part}_{name}") for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        return torch.lstm(x, (start, start), weights, True, 1, 0.0, self.training, False, True)[0]
 
     def config(self) -> dict:
         """What `build` needs to make an encoder of this shape."""
@@ -84,7 +97,7 @@ class Backbone:
     """A pretrained encoder and the tokenizer it reads with."""
 
     name: str
-    encoder: Transformer
+    encoder: Transformer | BiLstm
     tokenizer: transformers.PreTrainedTokenizerBase
 
 
@@ -178,6 +191,25 @@ def from_scratch(vocabulary: int, width: int = 128, layers: int = 2, heads: int 
         intermediate_size=feed_forward,
     )
     return Transformer(BertModel(config, add_pooling_layer=False))
+
+
+def characters(texts: Sequence[Sequence[str]], embedding: int = 128, hidden: int = 256, layers: int = 2) -> Backbone:
+    """A BiLSTM with random weights that reads whole tokens, such as Chinese characters: for text no pretrained encoder at hand can read.
+
+    Its vocabulary are the tokens that come twice or more in `texts`; every other one is read as unknown.
+    """
+    counts = Counter(token for text in texts for token in text)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    pieces = [*special.values(), *sorted(token for token, n in counts.items() if n > 1)]
+    tokenizer = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return Backbone("characters", BiLstm(len(pieces), embedding, hidden, layers), fast)
+
+
+def narrow(teacher: BiLstm, embedding: int = 64, hidden: int = 64, layers: int = 1) -> BiLstm:
+    """A smaller BiLSTM with random weights over the same tokens as another."""
+    return BiLstm(teacher.embedding.num_embeddings, embedding, hidden, layers)
 
 
 def lstm(teacher: Transformer, embedding: int = 128, hidden: int = 200, layers: int = 1, from_teacher: bool = True) -> BiLstm:

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.data import Sentence
+from kdlib.surrogates import Surrogates
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Batch:
     """B sentences: word pieces in N >= B windows, and for every word where its first piece lies.
 
     pieces, piece_mask [N, P]; first [B, L], an index into the N * P pieces; mask [B, L]; tags [B, L] (0 on padding and where
-    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked.
+    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked; surrogates: its k best paths, likewise.
     """
 
     pieces: Tensor
@@ -30,6 +32,7 @@ class Batch:
     tags: Tensor
     labelled: Tensor
     teacher: Tensor | None = None
+    surrogates: Surrogates | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -57,6 +60,7 @@ class Encoded:
     pad: int
     labels: list[str]
     teacher: list[Tensor] | None = None
+    surrogates: list[Surrogates] | None = None
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -89,8 +93,13 @@ class Encoded:
             torch.arange(length) < torch.tensor([len(self.firsts[r]) for r in rows])[:, None],
             tags,
             torch.tensor([self.tags[r] is not None for r in rows]),
-            self.teacher and torch.nn.utils.rnn.pad_sequence([self.teacher[r] for r in rows], batch_first=True),
+            self.teacher and pad_sequence([self.teacher[r] for r in rows], batch_first=True),
+            self.surrogates and _padded([self.surrogates[r] for r in rows]),
         )
+
+
+def _padded(surrogates: Sequence[Surrogates]) -> Surrogates:
+    return Surrogates(*(pad_sequence(own, batch_first=True) for own in zip(*surrogates, strict=True)))
 
 
 def encode(

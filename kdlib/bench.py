@@ -1,16 +1,21 @@
-"""Speed, measured side by side: `python -m kdlib.bench crf` (or gliner) writes figures/bench/crf.csv.
+"""Speed, measured side by side: `python -m kdlib.bench crf` (or gliner, surrogates) writes figures/bench/crf.csv.
 
 Ours and the peer take turns in one process on the same input; reported are medians in milliseconds and their ratio, peer / ours.
+`surrogates` has no peer: it sets the k-best paths beside the teacher's own forward passes, once each.
 """
 
 import argparse
 import copy
 import itertools
+import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import onnxruntime
 import pandas as pd
@@ -20,9 +25,10 @@ import torchcrf
 from gliner import GLiNER
 from torch import Tensor
 
-from kdlib import backbones, data, plots
+from kdlib import backbones, data, labels, plots, teachers
 from kdlib.crf import LinearChainCRF
 from kdlib.data import ROOT
+from kdlib.models import Tagger
 from kdlib.twin_tower import TwinTower
 
 SHAPES = ((32, 30, 9), (32, 128, 9), (64, 50, 23), (16, 128, 37))
@@ -199,7 +205,33 @@ def _turns(student: TwinTower, peer: GLiNER, chunks: Sequence[list[str]], second
     return ours, theirs
 
 
-BENCHMARKS = {"crf": crf, "gliner": gliner}
+def surrogates(sentences: int = 14_000) -> pd.DataFrame:
+    """Surrogate labels of demo sentences, storing and reading back included, against the teacher's forward passes over the same."""
+    corpus, backbone = data.load("demo"), backbones.load()
+    teacher = Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(corpus.types))  # speed does not depend on training
+    encoded = teacher.encode(list(itertools.islice(itertools.cycle(corpus.train), sentences)))
+    start = time.perf_counter()
+    emissions = teacher.emissions(encoded)
+    forward, rows = time.perf_counter() - start, []
+    seen = replace(encoded, teacher=emissions)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"KDLIB_CACHE": folder}):
+        for k in (1, 5, 10, 20):
+            start = time.perf_counter()
+            teachers.with_surrogates(seen, teacher, k)
+            seconds = time.perf_counter() - start
+            stored = sum(f.stat().st_size for f in Path(folder).rglob("*.pt")) / 2**20 / (len(rows) + 1)
+            rows.append(
+                {"operation": f"k = {k}", "sentences": sentences, "words": sum(encoded.lengths), "seconds": round(seconds, 2)}
+            )
+            rows[-1] |= {"forward_seconds": round(forward, 2), "ratio": round(forward / seconds, 1), "stored_mb": round(stored)}
+            print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+BENCHMARKS = {"crf": crf, "gliner": gliner, "surrogates": surrogates}
+
+
+CAPTIONS = {"surrogates": "k-best surrogate labels of demo sentences beside the teacher's forward passes, once each; stored size"}
 
 
 def main() -> None:
@@ -210,7 +242,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*arg_constraints.*")  # torch-struct's, at every call
     torch.set_num_threads(2)
     table = BENCHMARKS[name]()
-    caption = f"`python -m kdlib.bench {name}`: ours and a peer in turns, medians, ratio = peer / ours"
+    caption = f"`python -m kdlib.bench {name}`: {CAPTIONS.get(name, 'ours and a peer in turns, medians, ratio = peer / ours')}"
     plots.save(ROOT / "figures" / "bench" / name, table, caption)
     plots.gallery()
     for operation, ratios in table.groupby("operation")["ratio"]:

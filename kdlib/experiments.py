@@ -4,8 +4,8 @@ The protocol that every notebook shares: a few sentences with labels, many more 
 one budget of updates, and methods that differ in nothing but their loss.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,18 +15,36 @@ from torch import Tensor
 
 from kdlib import backbones, cache, labels, losses, metrics, teachers, train
 from kdlib.batches import Batch, Encoded
+from kdlib.crf import LinearChainCRF
 from kdlib.data import Dataset, Sentence
 from kdlib.labels import Span
 from kdlib.models import Tagger
 from kdlib.train import Settings
 
-DISTILLATIONS: dict[str, Callable[..., Tensor]] = {
-    "top-k": losses.top_k,
-    "weighted top-k": functools.partial(losses.top_k, weighted=True),
+GRAINS = {  # weights of the sequence, label and token grain; the first alone is weighted top-k, the last alone posterior
+    "multi-grained": (1 / 3, 1 / 3, 1 / 3),
+    "sequence": (1.0, 0.0, 0.0),
+    "label": (0.0, 1.0, 0.0),
+    "token": (0.0, 0.0, 1.0),
+    "sequence + label": (0.5, 0.5, 0.0),
+    "sequence + token": (0.5, 0.0, 0.5),
+    "label + token": (0.0, 0.5, 0.5),
+}
+DIRECT = {  # what compares student and teacher without surrogate labels
     "posterior": losses.posterior,
     "structural": losses.structural,
+    "path set": losses.path_set,
+    "decoupled": losses.decoupled,
 }
-METHODS = ("teacher", "student alone", "top-k", "posterior", "structural")  # the rows of the paper's tables
+KNOBS = {  # method -> the fields of Protocol that its loss reads beside alpha
+    "top-k": ("k",),
+    "weighted top-k": ("k",),
+    "posterior": ("temperature",),
+    "structural": ("temperature",),
+    "path set": ("k",),
+    "decoupled": ("k",),
+} | {name: ("k", "weight_temperature", "temperature") for name in GRAINS}
+METHODS = ("teacher", "student alone", "top-k", "posterior", "structural")  # the rows of the MSD paper's tables
 RATES = {"transformer": 3e-4, "bilstm": 3e-3}  # of the student's encoder
 NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
 
@@ -57,6 +75,7 @@ class Protocol:
     alpha: float = 0.5
     temperature: float = 1.0
     k: int = 3
+    weight_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -65,6 +84,8 @@ class Protocol:
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+        if self.encoder == "characters" and self.student == "transformer":
+            raise ValueError("student: expected 'bilstm' over characters, whose encoder has no layers to take, got 'transformer'")
 
 
 @dataclass(frozen=True)
@@ -115,36 +136,64 @@ class Run:
         return metrics.counts([s.spans for s in parts.test], self.predicted)
 
 
+def surrogate_temperature(method: str, protocol: Protocol) -> float | None:
+    """The weight temperature of the surrogate labels a method learns from; None for a method that learns from none."""
+    if method in GRAINS:
+        return protocol.weight_temperature
+    return {"top-k": math.inf, "weighted top-k": 1.0}.get(method)
+
+
+def distilled(method: str, model: Tagger, emissions: Tensor, teacher: LinearChainCRF, batch: Batch, protocol: Protocol) -> Tensor:
+    """What a method makes of its teacher: the second term of eq. 6."""
+    both = model.crf, emissions, teacher, batch.teacher
+    if method in DIRECT:
+        return DIRECT[method](*both, batch.mask, **{name: getattr(protocol, name) for name in KNOBS[method]})
+    if method in GRAINS:
+        return losses.multi_grained(*both, batch.surrogates, batch.mask, GRAINS[method], protocol.temperature)
+    return losses.crf_cross_entropy(model.crf, emissions, batch.surrogates, batch.mask)
+
+
 def objective(method: str, teacher: Tagger | None, protocol: Protocol) -> train.Loss:
     """The loss of a method: CRF NLL alone, or eq. 6, with the gold term over the labelled sentences of the batch."""
     if teacher is None:
         return lambda model, emissions, batch: losses.crf_nll(model.crf, emissions, batch.tags, batch.mask)
-    distil = DISTILLATIONS[method]
-    knob = {"k": protocol.k} if method.endswith("top-k") else {"temperature": protocol.temperature}
 
     def loss(model: Tagger, emissions: Tensor, batch: Batch) -> Tensor:
-        distilled = distil(model.crf, emissions, teacher.crf.to(emissions.device), batch.teacher, batch.mask, **knob)
+        taught = distilled(method, model, emissions, teacher.crf.to(emissions.device), batch, protocol)
         own = batch.labelled
         gold = emissions.sum() * 0
         if own.any():
             gold = losses.crf_nll(model.crf, emissions[own], batch.tags[own], batch.mask[own]) * own.float().mean()
-        return losses.mix(gold, distilled, protocol.alpha)
+        return losses.mix(gold, taught, protocol.alpha)
 
     return loss
 
 
-def new_student(protocol: Protocol, tag_labels: Sequence[str], seed: int) -> Tagger:
-    """An untrained student; it starts from the pretrained encoder, never from the fine-tuned teacher, for every method alike."""
-    backbone = backbones.load(protocol.encoder)
+def untrained(protocol: Protocol, parts: Parts, seed: int) -> backbones.Backbone:
+    """The encoder a teacher starts from: pretrained, or with random weights over the characters of the training text."""
+    if protocol.encoder != "characters":
+        return backbones.load(protocol.encoder)
     torch.manual_seed(seed)
-    make = backbones.take_layers if protocol.student == "transformer" else backbones.lstm
-    return Tagger(make(backbone.encoder), backbone.tokenizer, tag_labels)
+    return backbones.characters([s.tokens for s in parts.labelled + parts.transfer])
+
+
+def new_student(protocol: Protocol, parts: Parts, seed: int) -> Tagger:
+    """An untrained student; it starts from the pretrained encoder, never from the fine-tuned teacher, for every method alike."""
+    backbone = untrained(protocol, parts, seed)
+    torch.manual_seed(seed)
+    return Tagger(_student_encoder(protocol, backbone.encoder), backbone.tokenizer, labels.iob2_labels(parts.types))
+
+
+def _student_encoder(protocol: Protocol, encoder: torch.nn.Module) -> torch.nn.Module:
+    if protocol.student == "transformer":
+        return backbones.take_layers(encoder)
+    return backbones.narrow(encoder) if isinstance(encoder, backbones.BiLstm) else backbones.lstm(encoder)
 
 
 def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger, Run]:
     """The teacher of a protocol and seed, trained or read back."""
     seed = 0 if protocol.one_teacher else seed
-    backbone = backbones.load(protocol.encoder)
+    backbone = untrained(protocol, parts, seed)
     torch.manual_seed(seed)
     teacher = Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(parts.types))
     more = [s for s in parts.transfer_gold if s.spans is not None] if protocol.teacher_sees == "all" else []
@@ -164,12 +213,12 @@ def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger
 
 def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     """Train the method with one seed, or read back what the same code made of the same data and settings before."""
-    known = ("teacher", "student alone", *DISTILLATIONS)
+    known = ("teacher", "student alone", *KNOBS)
     if method not in known:
         raise ValueError(f"method: expected one of {known}, got {method!r}")
     if method == "teacher":
         return trained_teacher(protocol, parts, seed)[1]
-    student = new_student(protocol, labels.iob2_labels(parts.types), seed)
+    student = new_student(protocol, parts, seed)
     settings = Settings(protocol.student_steps, protocol.batch_size, RATES[protocol.student], seed=seed)
     if method == "student alone":
         loss, seen, more = objective(method, None, protocol), student.encode(parts.labelled), None
@@ -177,7 +226,10 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
         teacher, _ = trained_teacher(protocol, parts, seed)
         loss = objective(method, teacher, protocol)
         seen = teachers.with_teacher(student.encode(parts.labelled + parts.transfer), teacher)
-        more = [teacher.crf, {name: getattr(protocol, name) for name in ("alpha", "temperature", "k")}]
+        weight_temperature = surrogate_temperature(method, protocol)
+        if weight_temperature is not None:
+            seen = teachers.with_surrogates(seen, teacher, protocol.k, weight_temperature)
+        more = [teacher.crf, {name: getattr(protocol, name) for name in ("alpha", *KNOBS[method])}]
     return _trained(student, method, seen, loss, parts, settings, more)[0]
 
 

@@ -7,11 +7,14 @@
 unless another is named.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kdlib.crf import NEG_INF, LinearChainCRF
+from kdlib.surrogates import Surrogates, surrogate_labels
 
 
 def crf_nll(crf: LinearChainCRF, student: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
@@ -47,22 +50,101 @@ def top_k(
     """-1/k sum_j log p_S(y^(j) | x) over the teacher's k best paths (eq. 7), mean over sentences.
 
     `weighted`: weights softmax of the paths' teacher scores instead of 1/k (Wang et al. 2020, Top-WK). A sentence with fewer than
-    k legal paths uses those it has. One partition however large k: sum_j w_j s(y^(j)) is the score of the expected label counts.
+    k legal paths uses those it has.
+    """
+    _check(student, teacher)
+    found = surrogate_labels(teacher_crf, teacher, mask, k, 1.0 if weighted else math.inf)
+    return crf_cross_entropy(crf, student, found, mask)
+
+
+def crf_cross_entropy(crf: LinearChainCRF, student: Tensor, surrogates: Surrogates, mask: Tensor) -> Tensor:
+    """-sum_j w_j log p_S(y^(j) | x) = log Z_S - E_w[s_S(x, y)] over the teacher's k best paths, mean over sentences.
+
+    The sequence grain of multi-grained distillation, and Wang et al.'s (2020) Top-WK. One partition however large k: the expected score
+    needs the surrogate labels' counts alone. With every path and w_j = p_T(y^(j)) it is eq. 10's cross entropy.
+    """
+    return (crf.log_partition(student, mask) - crf.expected_score(student, surrogates.unary, surrogates.pairwise, mask)).mean()
+
+
+def fuzzy(crf: LinearChainCRF, student: Tensor, allowed: Tensor, mask: Tensor) -> Tensor:
+    """-log p_S(every y_i in A_i | x) = log Z_S - log Z_S(A), mean over sentences (fuzzy CRF, Shang et al. 2018).
+
+    The label grain of multi-grained distillation: `allowed` [B, L, K] holds the labels that the teacher's k best paths use. Any legal
+    mixture of them satisfies it, and it does not say which is best. 0 where every label is allowed. Its gradient for an emission is
+    p_S(y_i) - p_S(y_i | A). ValueError where no legal path is left.
+    """
+    inside = crf.constrained_log_partition(student, allowed, mask)
+    if not bool((inside > NEG_INF).all()):
+        raise ValueError(
+            f"allowed: expected a legal path in every sentence, got none in {(inside == NEG_INF).nonzero().tolist()}"
+        )
+    return (crf.log_partition(student, mask) - inside).mean()
+
+
+def path_set(
+    crf: LinearChainCRF, student: Tensor, teacher_crf: LinearChainCRF, teacher: Tensor, mask: Tensor, k: int = 10
+) -> Tensor:
+    """-log sum_j p_S(y^(j) | x) over the teacher's k best paths, mean over sentences: fuzzy learning without recombined paths."""
+    _check(student, teacher)
+    paths, scores = teacher_crf.k_best(teacher, mask, k)
+    return -_path_log_probs(crf, student, paths, scores, mask).logsumexp(1).mean()
+
+
+def decoupled(
+    crf: LinearChainCRF,
+    student: Tensor,
+    teacher_crf: LinearChainCRF,
+    teacher: Tensor,
+    mask: Tensor,
+    k: int = 10,
+    beta: float = 1.0,
+) -> Tensor:
+    """KL(p_T || p_S) on "the best path, or another" + beta KL over which other of the k best, mean over sentences.
+
+    Decoupled distillation (Zhao B. et al. 2022, eq. 7) with paths for classes: our reading of kvDKD (Zhao et al. 2024), of which the
+    abstract alone is public. With beta = 1 - p_T(best) and every path this is the KL over whole sequences, which so mutes the second
+    part exactly where the teacher is sure; a constant beta does not.
     """
     _check(student, teacher)
     with torch.no_grad():
         paths, scores = teacher_crf.k_best(teacher, mask, k)
-        weights = scores if weighted else scores.masked_fill(scores > NEG_INF, 0)
-        unary, pairwise = path_counts(paths, weights.softmax(1), mask, crf.num_labels)
-    return (crf.log_partition(student, mask) - crf.expected_score(student, unary, pairwise, mask)).mean()
+        teacher_log = scores - teacher_crf.log_partition(teacher, mask)[:, None]
+    student_log = _path_log_probs(crf, student, paths, scores, mask)
+    target = _kl(_or_not(teacher_log[:, 0]), _or_not(student_log[:, 0]))
+    if scores.shape[1] == 1:
+        return target.mean()
+    there = (scores[:, 1:2] > NEG_INF).squeeze(1)  # a sentence of one legal path has no other
+    others = [F.log_softmax(log_p[there, 1:], 1) for log_p in (teacher_log, student_log)]
+    return target.mean() + beta * _kl(*others).sum() / len(mask)
 
 
-def path_counts(paths: Tensor, weights: Tensor, mask: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """Expected label counts [B, L, K] and transition counts [B, L-1, K, K] of weighted paths [B, k, L], weights [B, k]."""
-    chosen = F.one_hot(paths, num_labels).to(weights) * mask[:, None, :, None]
-    unary = torch.einsum("bj,bjlv->blv", weights, chosen)
-    pairwise = torch.einsum("bj,bjlu,bjlv->bluv", weights, chosen[:, :, :-1], chosen[:, :, 1:])
-    return unary, pairwise
+def multi_grained(
+    crf: LinearChainCRF,
+    student: Tensor,
+    teacher_crf: LinearChainCRF,
+    teacher: Tensor,
+    surrogates: Surrogates,
+    mask: Tensor,
+    grains: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
+    temperature: float = 1.0,
+) -> Tensor:
+    """g_1 crf_cross_entropy + g_2 fuzzy + g_3 posterior: sequence, label and token grain (Zhou et al. 2021, reconstructed).
+
+    The abstract names the CRF cross entropy and fuzzy learning; the token grain, the weights and their sizes are our choice. A grain
+    with weight 0 is not computed. `temperature` is the token grain's.
+    """
+    _check(student, teacher, temperature)
+    if len(grains) != 3 or min(grains) < 0 or not max(grains) > 0:
+        raise ValueError(f"grains: expected three weights of 0 or more, not all 0, got {grains}")
+    sequence, label, token = grains
+    loss = student.new_zeros(())
+    if sequence:
+        loss = loss + sequence * crf_cross_entropy(crf, student, surrogates, mask)
+    if label:
+        loss = loss + label * fuzzy(crf, student, surrogates.allowed, mask)
+    if token:
+        loss = loss + token * posterior(crf, student, teacher_crf, teacher, mask, temperature)
+    return loss
 
 
 def posterior(
@@ -121,6 +203,18 @@ def _kl(teacher_log: Tensor, student_log: Tensor) -> Tensor:
     impossible = teacher_log.exp() == 0
     gap = teacher_log.masked_fill(impossible, 0) - student_log.masked_fill(impossible, 0)
     return (teacher_log.exp() * gap).sum(-1)
+
+
+def _path_log_probs(crf: LinearChainCRF, student: Tensor, paths: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """log p_S of the teacher's paths [B, k]; -inf where there is no such path."""
+    log_p = torch.stack([crf.score(student, path, mask) for path in paths.unbind(1)], 1)
+    return (log_p - crf.log_partition(student, mask)[:, None]).masked_fill(scores == NEG_INF, NEG_INF)
+
+
+def _or_not(log_p: Tensor) -> Tensor:
+    """log p and log(1 - p) [B, 2]; p is kept one rounding step below 1, where the second would have no gradient."""
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    return torch.stack([log_p, (-torch.expm1(log_p)).log()], 1)
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:

@@ -3,6 +3,7 @@
 Teacher grey, student alone blue, distilled orange and its neighbours: a method has the same colour everywhere.
 """
 
+import itertools
 import json
 import platform
 import re
@@ -18,11 +19,13 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 import kdlib
 from kdlib import cache, metrics
 from kdlib.data import ROOT
 from kdlib.labels import Span
+from kdlib.surrogates import Surrogates
 
 COLOURS = {
     "teacher": "#6b6b6b",
@@ -31,6 +34,12 @@ COLOURS = {
     "posterior": "#d1495b",
     "structural": "#e0641c",
     "msd": "#8a4fbf",
+    "weighted top-k": "#b8860b",
+    "multi-grained": "#2a8c7a",
+    "sequence": "#e8a33d",
+    "label": "#2a8c7a",
+    "token": "#d1495b",
+    "path set": "#7aa6a1",
     "hard student": "#1f77b4",
     "distilled student": "#e0641c",
     "distilled, same text": "#e8a33d",
@@ -145,6 +154,29 @@ def differences(axes: Axes, compared: pd.DataFrame) -> None:
         axes.plot([row.seeds_low, row.seeds_high], [place - 0.2] * 2, color=colour, alpha=0.5)
     axes.set_yticks(range(len(compared)), (compared["method"] + " − " + compared["against"])[::-1])
     axes.set_ylim(-0.6, len(compared) - 0.4)
+
+
+def lattice(axes: Axes, words: Sequence[str], names: Sequence[str], found: Surrogates, legal: Tensor) -> None:
+    """The surrogate labels of one sentence: a disc a label, a line a step, both as large as their counts.
+
+    Circles mark the allowed labels; dashed lines are `legal` [K, K] steps between them that no path takes.
+    """
+    unary, pairwise, allowed = (x[0].tolist() for x in found)
+    low = len(names) - 1  # the first label on top
+    for i, u, v in itertools.product(range(len(words) - 1), range(len(names)), range(len(names))):
+        weight, open_to_both = pairwise[i][u][v], allowed[i][u] and allowed[i + 1][v]
+        if weight > 0:
+            axes.plot([i, i + 1], [low - u, low - v], color=COLOURS["sequence"], linewidth=1 + 7 * weight, zorder=1)
+        elif open_to_both and legal[u, v]:
+            axes.plot([i, i + 1], [low - u, low - v], "--", color=COLOURS["label"], linewidth=1.2, zorder=0)
+    for i, v in itertools.product(range(len(words)), range(len(names))):
+        edge = COLOURS["label"] if allowed[i][v] else "#dddddd"
+        axes.scatter(i, low - v, 320, color="white", edgecolors=edge, linewidths=2 if allowed[i][v] else 1, zorder=2)
+        axes.scatter(i, low - v, 240 * unary[i][v], color=COLOURS["sequence"], linewidths=0, zorder=3)
+    axes.set_xticks(range(len(words)), words)
+    axes.set_yticks(range(len(names)), list(reversed(names)))
+    axes.set(xlim=(-0.4, len(words) - 0.6), ylim=(-0.6, len(names) - 0.4))
+    axes.grid(False)
 
 
 def quantiles(axes: Axes, table: pd.DataFrame, x: str, colour: str) -> None:

@@ -1,14 +1,19 @@
 """What a trained teacher says about sentences, computed once.
 
 A CRF teacher's emissions and its CRF's parameters determine every target the losses ask for, k-best paths and marginals at any
-temperature alike, so the emissions are what is kept, under a digest of the weights and of the sentences.
+temperature alike, so the emissions are what is kept, under a digest of the weights and of the sentences. The k best paths cost more
+than the marginals, and every epoch needs them again: what they count to is kept too.
 """
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from kdlib import cache
-from kdlib.batches import Encoded
+from kdlib.batches import Encoded, in_turn
 from kdlib.models import Tagger
+from kdlib.surrogates import Surrogates, surrogate_labels
 
 
 def with_teacher(data: Encoded, teacher: Tagger) -> Encoded:
@@ -21,3 +26,23 @@ def with_teacher(data: Encoded, teacher: Tagger) -> Encoded:
     key = cache.digest("emissions", teacher, data.windows, data.firsts)
     stored = cache.tensors("emissions", key, lambda: {str(i): e for i, e in enumerate(teacher.emissions(data))})
     return replace(data, teacher=[stored[str(i)] for i in range(len(data))])
+
+
+def with_surrogates(data: Encoded, teacher: Tagger, k: int, weight_temperature: float = 1.0) -> Encoded:
+    """The same sentences, which hold the teacher's emissions already, with the surrogate labels of its k best paths."""
+    key = cache.digest("surrogates", teacher.crf, data.teacher, k, weight_temperature)
+    stored = cache.tensors("surrogates", key, lambda: _counted(data, teacher, k, weight_temperature))
+    words = data.lengths
+    parts = stored["unary"].split(words), stored["pairwise"].split([n - 1 for n in words]), stored["allowed"].split(words)
+    return replace(data, surrogates=[Surrogates(*own) for own in zip(*parts, strict=True)])
+
+
+def _counted(data: Encoded, teacher: Tagger, k: int, weight_temperature: float) -> dict[str, Tensor]:
+    """The surrogate labels of all words in a row, sentence after sentence."""
+    of: list[tuple[Tensor, ...]] = [()] * len(data)
+    for rows, batch in in_turn(data):
+        found = surrogate_labels(teacher.crf, batch.teacher, batch.mask, k, weight_temperature)
+        for i, row in enumerate(rows):
+            words = data.lengths[row]
+            of[row] = found.unary[i, :words], found.pairwise[i, : words - 1], found.allowed[i, :words]
+    return {name: torch.cat(own) for name, own in zip(Surrogates._fields, zip(*of, strict=True), strict=True)}

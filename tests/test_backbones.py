@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from kdlib import backbones
+from kdlib.data import Sentence
+from kdlib.models import Tagger
 
 
 def test_minilm_is_the_published_model():
@@ -89,3 +91,33 @@ def test_the_lstm_does_not_see_padding(tiny):
 def test_small_transformers_from_scratch():
     small = backbones.from_scratch(100, width=32, layers=1, heads=2, feed_forward=64)
     assert small(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool)).shape == (1, 2, 32)
+
+
+def test_characters_are_read_one_by_one_and_rare_ones_as_unknown(tmp_path):
+    texts = [list("今天在北京"), list("北京今天下")]
+    torch.manual_seed(0)
+    backbone = backbones.characters(texts, embedding=8, hidden=6)
+    vocabulary = backbone.tokenizer.get_vocab()
+    assert set(vocabulary) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", *"今天北京"}
+    model = Tagger(backbone.encoder, backbone.tokenizer, ["O", "B-LOC", "I-LOC"]).eval()
+    [window] = model.encode([Sentence(("北", "京", "雪", "http://x.y"))]).windows[0]
+    assert window == [vocabulary[p] for p in ("[CLS]", "北", "京", "[UNK]", "[UNK]", "[SEP]")]
+    model.save_pretrained(tmp_path / "saved")
+    again = Tagger.from_pretrained(tmp_path / "saved")
+    text = [Sentence(tuple(texts[0]))]
+    assert again.encode(text).windows == model.encode(text).windows
+    torch.testing.assert_close(again.emissions(again.encode(text)), model.emissions(model.encode(text)))
+    assert backbones.narrow(backbone.encoder, 4, 3).embedding.weight.shape == (8, 4)
+
+
+def test_the_bilstm_is_torchs_on_packed_sentences():
+    torch.manual_seed(0)
+    model = backbones.BiLstm(20, 5, 4, layers=2, dropout=0.0)
+    pieces, lengths = torch.randint(20, (3, 6)), torch.tensor([4, 6, 1])
+    mask = torch.arange(6) < lengths[:, None]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(model.embedding(pieces), lengths, batch_first=True, enforce_sorted=False)
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(model.lstm(packed)[0], batch_first=True)
+    torch.testing.assert_close(model(pieces, mask)[mask], expected[mask])
+    weights = [torch.autograd.grad(out[mask].square().sum(), list(model.parameters())) for out in (model(pieces, mask), expected)]
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs)

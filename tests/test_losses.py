@@ -4,6 +4,7 @@ import torch
 from kdlib import losses
 from kdlib.crf import LinearChainCRF
 from kdlib.labels import legal_iob2
+from kdlib.surrogates import surrogate_labels
 
 LENGTHS = [5, 3, 1]
 LEGAL = legal_iob2(["O", "B-X", "I-X", "B-Y"])
@@ -29,14 +30,30 @@ def weighted_top_k(*arguments):
     return losses.top_k(*arguments, k=3, weighted=True)
 
 
+def fuzzy(crf, student, teacher_crf, teacher, mask):
+    return losses.fuzzy(crf, student, surrogate_labels(teacher_crf, teacher, mask, k=2).allowed, mask)
+
+
+def multi_grained(crf, student, teacher_crf, teacher, mask):
+    surrogates = surrogate_labels(teacher_crf, teacher, mask, k=2)
+    return losses.multi_grained(crf, student, teacher_crf, teacher, surrogates, mask, (0.2, 0.3, 0.5))
+
+
 DIVERGENCES = {
     "soft targets": soft_targets,
     "posterior": losses.posterior,
     "posterior at 2": lambda *a: losses.posterior(*a, temperature=2.0),
     "structural": losses.structural,
     "structural at 3": lambda *a: losses.structural(*a, temperature=3.0),
+    "decoupled": lambda *a: losses.decoupled(*a, k=4),
 }
-LOSSES = DIVERGENCES | {"top-k": losses.top_k, "weighted top-k": weighted_top_k}
+LOSSES = DIVERGENCES | {
+    "top-k": losses.top_k,
+    "weighted top-k": weighted_top_k,
+    "fuzzy": fuzzy,
+    "path set": lambda *a: losses.path_set(*a, k=2),
+    "multi-grained": multi_grained,
+}
 each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 divergences = pytest.mark.parametrize("loss", DIVERGENCES.values(), ids=DIVERGENCES.keys())
 both = pytest.mark.parametrize("legal", [None, LEGAL], ids=["free", "iob2"])
@@ -182,7 +199,7 @@ def test_mix():
             losses.mix(gold, distilled, alpha)
 
 
-@each
+@pytest.mark.parametrize("loss", [x for x in LOSSES.values() if x not in (fuzzy, multi_grained)])  # these ask the teacher themselves
 def test_scores_of_other_labels_and_bad_temperatures_are_refused(loss):
     crf, student, teacher_crf, teacher, mask = pair()
     with pytest.raises(ValueError, match=r"scores of one shape, got \[3, 5, 4\] and \[3, 5, 3\]"):

@@ -3,9 +3,12 @@ import json
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 
 from kdlib import plots
-from kdlib.labels import Span
+from kdlib.crf import LinearChainCRF
+from kdlib.labels import Span, legal_iob2
+from kdlib.surrogates import Surrogates, path_counts
 
 ROWS = pd.DataFrame({"method": ["posterior"] * 4, "seed": [0, 0, 1, 1], "step": [1, 2, 1, 2], "dev_f1": [10.0, 20.0, 12.0, 24.0]})
 
@@ -49,3 +52,14 @@ def test_marked_text_is_escaped_whatever_it_holds():
     assert html.startswith("&lt;b&gt;<mark") and "Rome <small>&lt;i&gt;</small></mark>&lt;/b&gt; &amp; &#x27;x&#x27;" in html
     with pytest.raises(ValueError, match="expected entities that do not overlap"):
         plots.marked_html("New York", [{"start": 0, "end": 8, "label": "x"}, {"start": 4, "end": 8, "label": "x"}], {})
+
+
+def test_a_lattice_shows_every_count_and_dashes_what_is_only_legal():
+    crf = LinearChainCRF(3, legal_iob2(["O", "B-X", "I-X"]))
+    paths = torch.tensor([[[0, 0, 0], [1, 2, 0]]])
+    unary, pairwise = path_counts(paths, torch.tensor([[0.6, 0.4]]), torch.ones(1, 3, dtype=torch.bool), 3)
+    _, axes = plt.subplots()
+    plots.lattice(axes, ["a", "b", "c"], ["O", "B-X", "I-X"], Surrogates(unary, pairwise, unary > 0), crf.legal_transitions)
+    steps = {(tuple(line.get_ydata()), line.get_linestyle()) for line in axes.lines}
+    assert steps == {((2, 2), "-"), ((1, 0), "-"), ((0, 2), "-"), ((1, 2), "--")}  # O I is no IOB2, B O is in no path
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["I-X", "B-X", "O"]
