@@ -5,9 +5,10 @@ Read it the way data flows; a module imports only modules that stand before it:
     cache        digests, atomic files, locks           labels       IOB1 / IOB2 / IOBES / BMES <-> spans, legal transitions
     readers      files -> Sentence                      data         data sets by name
     demo         the generated demo corpus              backbones    pretrained encoders, students
+    crf          the linear-chain CRF                   surrogates   a CRF's k best paths as labels
     batches      words -> word pieces -> Batch          twin_tower   TwinTower: any labels, GLiNER's calls
-    crf          the linear-chain CRF                   models       Tagger = encoder -> emissions -> CRF; TwinTower
-    losses       one pure function per equation         teachers     a CRF teacher's emissions, computed once
+    models       Tagger = encoder -> emissions -> CRF; TwinTower
+    losses       one pure function per equation         teachers     what a CRF teacher says, computed once
     metrics      scores, intervals, paired tests        gliner_teacher  a GLiNER, loaded or trained, and its soft labels
     train        fit(): one loop for every model and loss
     experiments  CRF methods x seeds -> a table         open_experiments  GLiNER -> LSTM: both protocols, both references
@@ -21,6 +22,7 @@ Symbols, in code and in docstrings:
     K            labels (IOB2 tags)           tags         [B, L] gold labels as numbers
     student, teacher                          their emissions (or logits) for the same batch
     temperature  T: scores are divided by it  alpha        weight of the gold labels against the teacher, eq. 6
+    k            the teacher's k best paths   weight_temperature  tau_w: of the weights of these paths
 """
 
 __version__ = "0.1.0"

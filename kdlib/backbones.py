@@ -30,7 +30,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 class Transformer(nn.Module):
     """A Hugging Face encoder: pieces in, last hidden states out."""
 
-    kind = "transformer"
+    kind, reads_shapes = "transformer", False
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         super().__init__()
@@ -49,21 +49,33 @@ class Transformer(nn.Module):
 
 
 class BiLstm(nn.Module):
-    """Embedding -> bidirectional LSTM over word pieces; no limit to their number."""
+    """Embedding -> bidirectional LSTM over word pieces; no limit to their number. With `shapes` each piece knows its word's letter case,
+    as 16 numbers beside its embedding.
+    """
 
     kind = "lstm"
 
-    def __init__(self, vocabulary: int, embedding: int, hidden: int, layers: int = 1, dropout: float = 0.3) -> None:
+    def __init__(
+        self, vocabulary: int, embedding: int, hidden: int, layers: int = 1, dropout: float = 0.3, shapes: bool = False
+    ) -> None:
         super().__init__()
         self._config = {"vocabulary": vocabulary, "embedding": embedding, "hidden": hidden, "layers": layers, "dropout": dropout}
+        self._config |= {"shapes": True} if shapes else {}
+        self.reads_shapes = shapes
         self.embedding = nn.Embedding(vocabulary, embedding)
+        if shapes:
+            self.shape = nn.Embedding(8, 16)
+            embedding += 16
         self.dropout = nn.Dropout(dropout)
         self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True, bidirectional=True)
         self.width, self.max_pieces = 2 * hidden, 100_000
 
-    def forward(self, pieces: Tensor, piece_mask: Tensor) -> Tensor:
+    def forward(self, pieces: Tensor, piece_mask: Tensor, shapes: Tensor | None = None) -> Tensor:
         """[N, P] -> [N, P, width]; padding does not reach the backward direction."""
-        out, lengths = self.dropout(self.embedding(pieces)), piece_mask.sum(1, keepdim=True)
+        read = self.embedding(pieces)
+        if self.reads_shapes:
+            read = torch.cat([read, self.shape(shapes)], -1)
+        out, lengths = self.dropout(read), piece_mask.sum(1, keepdim=True)
         position = torch.arange(pieces.shape[1], device=pieces.device)
         flipped = torch.where(piece_mask, lengths - 1 - position, position)[..., None]
         for layer in range(self.lstm.num_layers):
@@ -212,9 +224,16 @@ def narrow(teacher: BiLstm, embedding: int = 64, hidden: int = 64, layers: int =
     return BiLstm(teacher.embedding.num_embeddings, embedding, hidden, layers)
 
 
-def lstm(teacher: Transformer, embedding: int = 128, hidden: int = 200, layers: int = 1, from_teacher: bool = True) -> BiLstm:
+def lstm(
+    teacher: Transformer,
+    embedding: int = 128,
+    hidden: int = 200,
+    layers: int = 1,
+    shapes: bool = False,
+    from_teacher: bool = True,
+) -> BiLstm:
     """A BiLSTM over the teacher's word pieces; `from_teacher` starts its embeddings from the teacher's, reduced by PCA."""
-    student = BiLstm(teacher.model.get_input_embeddings().num_embeddings, embedding, hidden, layers)
+    student = BiLstm(teacher.model.get_input_embeddings().num_embeddings, embedding, hidden, layers, shapes=shapes)
     if from_teacher:
         student.embedding.weight.data.copy_(reduced_embeddings(teacher, embedding))
     return student

@@ -22,7 +22,8 @@ class Batch:
     """B sentences: word pieces in N >= B windows, and for every word where its first piece lies.
 
     pieces, piece_mask [N, P]; first [B, L], an index into the N * P pieces; mask [B, L]; tags [B, L] (0 on padding and where
-    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked; surrogates: its k best paths, likewise.
+    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked; surrogates, its k best paths, likewise; shapes
+    [N, P], the letter case of the pieces' words, for a model that reads it.
     """
 
     pieces: Tensor
@@ -33,6 +34,7 @@ class Batch:
     labelled: Tensor
     teacher: Tensor | None = None
     surrogates: Surrogates | None = None
+    shapes: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -61,6 +63,7 @@ class Encoded:
     labels: list[str]
     teacher: list[Tensor] | None = None
     surrogates: list[Surrogates] | None = None
+    shapes: list[list[list[int]]] | None = None  # as windows: of each piece its word's, for a model that reads them
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -72,7 +75,7 @@ class Encoded:
 
     def content(self) -> list:
         """What a digest needs to know these sentences."""
-        return [self.windows, self.firsts, self.tags, self.labels]
+        return [self.windows, self.firsts, self.tags, self.labels, *([self.shapes] if self.shapes else [])]
 
     def collate(self, rows: Sequence[int]) -> Batch:
         """The given sentences as one padded batch."""
@@ -95,6 +98,7 @@ class Encoded:
             torch.tensor([self.tags[r] is not None for r in rows]),
             self.teacher and pad_sequence([self.teacher[r] for r in rows], batch_first=True),
             self.surrogates and _padded([self.surrogates[r] for r in rows]),
+            self.shapes and torch.tensor([w + [0] * (width - len(w)) for r in rows for w in self.shapes[r]]),
         )
 
 
@@ -103,9 +107,13 @@ def _padded(surrogates: Sequence[Surrogates]) -> Surrogates:
 
 
 def encode(
-    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_pieces: int = 512
+    sentences: Sequence[Sentence],
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    max_pieces: int = 512,
+    with_shapes: bool = False,
 ) -> Encoded:
-    """Word pieces and label numbers of every sentence; ValueError for a tag that is not among `labels`.
+    """Word pieces and label numbers of every sentence, `with_shapes` each piece's `shape`; ValueError for a tag not among `labels`.
 
     A word the tokenizer finds nothing in (a lone control character) is read as the unknown piece; of a single word longer than a
     whole window only the beginning is read, and the word is still predicted.
@@ -118,23 +126,40 @@ def encode(
         raise ValueError(
             f"max_pieces: expected room for a word beside {len(before) + len(after)} special pieces, got {max_pieces}"
         )
-    windows, firsts, tags = [], [], []
+    windows, firsts, tags, shapes = [], [], [], []
     for sentence in sentences:
         pieces = _word_pieces(sentence.tokens, tokenizer)
-        cut, where = [[]], []
-        for word in pieces:
+        cut, shaped, where = [[]], [[]], []
+        for token, word in zip(sentence.tokens, pieces, strict=True):
             word = word[:room]
             if len(cut[-1]) + len(word) > room:
                 cut.append([])
+                shaped.append([])
             where.append((len(cut) - 1, len(before) + len(cut[-1])))
             cut[-1].extend(word)
+            shaped[-1].extend([shape(token)] * len(word))
         windows.append([before + c + after for c in cut])
+        shapes.append([[0] * len(before) + s + [0] * len(after) for s in shaped])
         firsts.append(where)
         unknown = {t for t in sentence.tags if t not in number} if sentence.spans is not None else ()
         if unknown:
             raise ValueError(f"expected tags among {list(labels)}, got {sorted(unknown)}")
         tags.append([number[t] for t in sentence.tags] if sentence.spans is not None else None)
-    return Encoded(windows, firsts, tags, tokenizer.pad_token_id, list(labels))
+    return Encoded(windows, firsts, tags, tokenizer.pad_token_id, list(labels), shapes=shapes if with_shapes else None)
+
+
+def shape(word: str) -> int:
+    """What an uncased tokenizer drops: 1 no letters, 2 lower case, 3 Title, 4 UPPER, 5 one capital, 6 mIxed, 7 with a digit."""
+    letters = [c for c in word if c.isalpha()]
+    if any(c.isdigit() for c in word) or not letters:
+        return 7 if letters else 1
+    if all(not c.isupper() for c in letters):
+        return 2
+    if len(letters) == 1:
+        return 5
+    if letters[0].isupper() and all(not c.isupper() for c in letters[1:]):
+        return 3
+    return 4 if all(c.isupper() for c in letters) else 6
 
 
 def _special_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

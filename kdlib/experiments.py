@@ -45,7 +45,7 @@ KNOBS = {  # method -> the fields of Protocol that its loss reads beside alpha
     "decoupled": ("k",),
 } | {name: ("k", "weight_temperature", "temperature") for name in GRAINS}
 METHODS = ("teacher", "student alone", "top-k", "posterior", "structural")  # the rows of the MSD paper's tables
-RATES = {"transformer": 3e-4, "bilstm": 3e-3}  # of the student's encoder
+RATES = {"transformer": 3e-4, "bilstm": 3e-3, "deep bilstm": 5e-3}  # of the student's encoder
 NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
 
 
@@ -56,7 +56,9 @@ class Protocol:
     teacher_sees: 'labelled', the same gold labels as the student; or 'all', those of the transfer sentences too.
     one_teacher: every seed learns from the teacher of seed 0, as in the papers; otherwise each from its own, so that the intervals
     hold the teacher's luck too.
-    student: 'transformer' keeps every second layer of the encoder; 'bilstm' reads with the encoder's embeddings, reduced by PCA.
+    student: 'transformer' keeps every second layer of the encoder; 'bilstm' reads with the encoder's embeddings, reduced by PCA;
+    'deep bilstm' has two layers and sees the case of letters, which an uncased encoder drops.
+    batch_size: sentences an update, the teacher's and the student's; student_batch, if not 0, is the student's own.
     """
 
     dataset: str = "demo"
@@ -76,6 +78,7 @@ class Protocol:
     temperature: float = 1.0
     k: int = 3
     weight_temperature: float = 1.0
+    student_batch: int = 0
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -84,8 +87,8 @@ class Protocol:
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-        if self.encoder == "characters" and self.student == "transformer":
-            raise ValueError("student: expected 'bilstm' over characters, whose encoder has no layers to take, got 'transformer'")
+        if self.encoder == "characters" and self.student != "bilstm":
+            raise ValueError(f"student: expected 'bilstm' over characters, whose encoder is one itself, got {self.student!r}")
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,9 @@ def new_student(protocol: Protocol, parts: Parts, seed: int) -> Tagger:
 def _student_encoder(protocol: Protocol, encoder: torch.nn.Module) -> torch.nn.Module:
     if protocol.student == "transformer":
         return backbones.take_layers(encoder)
-    return backbones.narrow(encoder) if isinstance(encoder, backbones.BiLstm) else backbones.lstm(encoder)
+    if isinstance(encoder, backbones.BiLstm):
+        return backbones.narrow(encoder)
+    return backbones.lstm(encoder, layers=2, shapes=True) if protocol.student == "deep bilstm" else backbones.lstm(encoder)
 
 
 def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger, Run]:
@@ -219,7 +224,8 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     if method == "teacher":
         return trained_teacher(protocol, parts, seed)[1]
     student = new_student(protocol, parts, seed)
-    settings = Settings(protocol.student_steps, protocol.batch_size, RATES[protocol.student], seed=seed)
+    batch_size = protocol.student_batch or protocol.batch_size
+    settings = Settings(protocol.student_steps, batch_size, RATES[protocol.student], seed=seed)
     if method == "student alone":
         loss, seen, more = objective(method, None, protocol), student.encode(parts.labelled), None
     else:

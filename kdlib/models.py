@@ -34,7 +34,7 @@ class Tagger(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Emissions [B, L, K]: each word's label scores, read off its first word piece."""
-        hidden = self.encoder(batch.pieces, batch.piece_mask)
+        hidden = self.encoder(batch.pieces, batch.piece_mask, *([batch.shapes] if self.encoder.reads_shapes else []))
         words = hidden.flatten(0, 1)[batch.first]
         return self.output(self.dropout(words))
 
@@ -45,7 +45,7 @@ class Tagger(nn.Module):
 
     def encode(self, sentences: Sequence[Sentence]) -> Encoded:
         """Sentences as this model reads them."""
-        return encode(sentences, self.tokenizer, self.labels, self.encoder.max_pieces)
+        return encode(sentences, self.tokenizer, self.labels, self.encoder.max_pieces, self.encoder.reads_shapes)
 
     @torch.no_grad()
     def emissions(self, data: Encoded) -> list[Tensor]:

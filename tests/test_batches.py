@@ -67,3 +67,20 @@ def test_the_same_pieces_in_other_words_are_other_content(tiny):
 def test_a_tag_that_is_no_label(tiny):
     with pytest.raises(ValueError, match=r"expected tags among .*B-PER"):
         batches.encode(SENTENCES, tiny.tokenizer, ["O", "B-LOC"], 24)
+
+
+def test_shapes_are_the_words_letter_cases():
+    words = ["...", "1999", "rose", "Rose", "USA", "A", "McDonald", "B2B", "Écoles", "北京"]
+    assert [batches.shape(word) for word in words] == [1, 1, 2, 3, 4, 5, 6, 7, 3, 2]
+
+
+def test_every_piece_has_its_words_shape(tiny):
+    sentences = [Sentence(("Anna", "in", "PARIS", "IBM")), Sentence(("ok",))]
+    data = batches.encode(sentences, tiny.tokenizer, ["O"], tiny.encoder.max_pieces, with_shapes=True)
+    assert [[len(w) for w in own] for own in data.shapes] == [[len(w) for w in own] for own in data.windows]
+    batch = data.collate([0, 1])
+    assert batch.shapes.shape == batch.pieces.shape and not batch.shapes[1, 4:].any()
+    assert batch.shapes.flatten()[batch.first[0]].tolist() == [3, 2, 4, 4]
+    assert batch.shapes[0, 0] == 0, "special pieces have none"
+    plain = batches.encode(sentences, tiny.tokenizer, ["O"], tiny.encoder.max_pieces)
+    assert plain.collate([0]).shapes is None and plain.content() != data.content()

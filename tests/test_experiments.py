@@ -7,7 +7,7 @@ import torch
 from conftest import SENTENCES
 
 from kdlib import backbones, cache, experiments, losses, train
-from kdlib.data import Dataset
+from kdlib.data import Dataset, Sentence
 from kdlib.experiments import METHODS, Protocol
 from kdlib.surrogates import surrogate_labels
 
@@ -178,6 +178,15 @@ def test_characters_need_no_pretrained_encoder(protocol, parts):
     assert experiments.run("multi-grained", 0, characters, parts).history[-1]["step"] == 5
     with pytest.raises(ValueError, match="student: expected 'bilstm' over characters"):
         replace(characters, student="transformer")
+
+
+def test_the_deep_student_sees_upper_case_and_its_teacher_need_not(protocol, parts):
+    deep = replace(protocol, student="deep bilstm", student_batch=6)
+    student = experiments.new_student(deep, parts, 0).eval()
+    upper, lower = ([Sentence((word,))] for word in ("PARIS", "paris"))
+    assert not student.emissions(student.encode(upper))[0].equal(student.emissions(student.encode(lower))[0])
+    run = experiments.run("multi-grained", 0, deep, parts)
+    assert run.history[-1]["epoch"] == pytest.approx(5 / 3)  # 14 sentences are 3 batches of 6 at most
 
 
 def test_tables(protocol, parts, capsys):

@@ -199,7 +199,9 @@ def test_mix():
             losses.mix(gold, distilled, alpha)
 
 
-@pytest.mark.parametrize("loss", [x for x in LOSSES.values() if x not in (fuzzy, multi_grained)])  # these ask the teacher themselves
+@pytest.mark.parametrize(
+    "loss", [x for x in LOSSES.values() if x not in (fuzzy, multi_grained)]
+)  # these ask the teacher themselves
 def test_scores_of_other_labels_and_bad_temperatures_are_refused(loss):
     crf, student, teacher_crf, teacher, mask = pair()
     with pytest.raises(ValueError, match=r"scores of one shape, got \[3, 5, 4\] and \[3, 5, 3\]"):
