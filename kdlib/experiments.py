@@ -87,6 +87,15 @@ class Protocol:
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+        least = {"k": 1, "batch_size": 1, "teacher_steps": 1, "student_steps": 1}
+        for name in ("labelled", "transfer", "dev", "test", "student_batch", *least):
+            if getattr(self, name) < least.get(name, 0):
+                raise ValueError(f"{name}: expected {least.get(name, 0)} or more, got {getattr(self, name)}")
+        for name in ("temperature", "weight_temperature", "teacher_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha: expected a weight from 0 to 1, got {self.alpha}")
         if self.encoder == "characters" and self.student != "bilstm":
             raise ValueError(f"student: expected 'bilstm' over characters, whose encoder is one itself, got {self.student!r}")
 

@@ -63,6 +63,7 @@ def crf_cross_entropy(crf: LinearChainCRF, student: Tensor, surrogates: Surrogat
     The sequence grain of multi-grained distillation, and Wang et al.'s (2020) Top-WK. One partition however large k: the expected score
     needs the surrogate labels' counts alone. With every path and w_j = p_T(y^(j)) it is eq. 10's cross entropy.
     """
+    _check(student, surrogates.unary)
     return (crf.log_partition(student, mask) - crf.expected_score(student, surrogates.unary, surrogates.pairwise, mask)).mean()
 
 
@@ -76,7 +77,7 @@ def fuzzy(crf: LinearChainCRF, student: Tensor, allowed: Tensor, mask: Tensor) -
     inside = crf.constrained_log_partition(student, allowed, mask)
     if not bool((inside > NEG_INF).all()):
         raise ValueError(
-            f"allowed: expected a legal path in every sentence, got none in {(inside == NEG_INF).nonzero().tolist()}"
+            f"allowed: expected a legal path in every sentence, got none in {(inside == NEG_INF).nonzero().flatten().tolist()}"
         )
     return (crf.log_partition(student, mask) - inside).mean()
 

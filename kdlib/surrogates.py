@@ -54,8 +54,15 @@ def path_counts(paths: Tensor, weights: Tensor, mask: Tensor, num_labels: int) -
 def surrogate_labels(
     teacher_crf: LinearChainCRF, teacher: Tensor, mask: Tensor, k: int = 10, weight_temperature: float = 1.0
 ) -> Surrogates:
-    """The surrogate labels of a batch from the teacher's emissions [B, L, K]; legal paths only, fewer than k where there are fewer."""
+    """The surrogate labels of a batch from the teacher's emissions [B, L, K]; legal paths only, fewer than k where there are fewer.
+
+    ValueError where a sentence has none.
+    """
     paths, scores = teacher_crf.k_best(teacher, mask, k)
+    if bool((scores[:, 0] == NEG_INF).any()):
+        raise ValueError(
+            f"expected a legal path in every sentence, got none in {(scores[:, 0] == NEG_INF).nonzero().flatten().tolist()}"
+        )
     unary, pairwise = path_counts(paths, path_weights(scores, weight_temperature), mask, teacher_crf.num_labels)
     used, _ = path_counts(paths, (scores > NEG_INF).to(unary), mask, teacher_crf.num_labels)
     return Surrogates(unary, pairwise, used > 0)

@@ -29,7 +29,9 @@ def with_teacher(data: Encoded, teacher: Tagger) -> Encoded:
 
 
 def with_surrogates(data: Encoded, teacher: Tagger, k: int, weight_temperature: float = 1.0) -> Encoded:
-    """The same sentences, which hold the teacher's emissions already, with the surrogate labels of its k best paths."""
+    """The same sentences with the surrogate labels of the teacher's k best paths; ValueError unless `with_teacher` came first."""
+    if data.teacher is None:
+        raise ValueError("expected sentences with their teacher's emissions (teachers.with_teacher), got none")
     key = cache.digest("surrogates", teacher.crf, data.teacher, k, weight_temperature)
     stored = cache.tensors("surrogates", key, lambda: _counted(data, teacher, k, weight_temperature))
     words = data.lengths

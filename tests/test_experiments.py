@@ -41,6 +41,16 @@ def test_unknown_choices_are_refused(protocol, parts):
         replace(protocol, teacher_sees="everything")
     with pytest.raises(ValueError, match="student: expected one of"):
         replace(protocol, student="gru")
+    for wrong in (
+        {"k": 0},
+        {"labelled": -1},
+        {"student_steps": 0},
+        {"weight_temperature": 0.0},
+        {"alpha": 1.5},
+        {"temperature": -1.0},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            replace(protocol, **wrong)
     with pytest.raises(ValueError, match="method: expected one of"):
         experiments.run("magic", 0, protocol, parts)
 

@@ -184,3 +184,14 @@ def test_multi_grained_is_the_weighted_sum_and_skips_what_weighs_nothing(monkeyp
             losses.multi_grained(*arguments, wrong)
     monkeypatch.setattr(losses, "fuzzy", None)
     losses.multi_grained(*arguments, (0.5, 0, 0.5))
+
+
+def test_what_cannot_be_is_refused():
+    crf, student, teacher_crf, teacher, mask = pair()
+    found = surrogate_labels(teacher_crf, teacher, mask, 3)
+    with pytest.raises(ValueError, match=r"scores of one shape, got \[3, 4, 4\] and \[3, 5, 4\]"):
+        losses.crf_cross_entropy(crf, student[:, :4], found, mask[:, :4])
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        surrogate_labels(teacher_crf, teacher, mask, 0)
+    with pytest.raises(ValueError, match=r"expected a legal path in every sentence, got none in \[1\]"):
+        surrogate_labels(teacher_crf, teacher.detach().index_fill(0, torch.tensor(1), -torch.inf), mask, 3)
