@@ -74,6 +74,8 @@ class BiLstm(nn.Module):
         """[N, P] -> [N, P, width]; padding does not reach the backward direction."""
         read = self.embedding(pieces)
         if self.reads_shapes:
+            if shapes is None:
+                raise ValueError("expected the shapes of the words (encode with this model), got none")
             read = torch.cat([read, self.shape(shapes)], -1)
         out, lengths = self.dropout(read), piece_mask.sum(1, keepdim=True)
         position = torch.arange(pieces.shape[1], device=pieces.device)
@@ -210,8 +212,10 @@ def characters(texts: Sequence[Sequence[str]], embedding: int = 128, hidden: int
 
     Its vocabulary are the tokens that come twice or more in `texts`; every other one is read as unknown.
     """
-    counts = Counter(token for text in texts for token in text)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    counts = Counter(token for text in texts for token in text if token not in special.values())
+    if not counts or counts.most_common(1)[0][1] < 2:
+        raise ValueError(f"expected tokens that come twice or more, got {len(counts)} different ones in {len(texts)} texts")
     pieces = [*special.values(), *sorted(token for token, n in counts.items() if n > 1)]
     tokenizer = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))

@@ -111,6 +111,11 @@ class LinearChainCRF(nn.Module):
     ) -> Tensor:
         """Expected s(x, y) / temperature [B] under a distribution given by its marginals, or by any expected counts."""
         chain, transitions, _ = self._chain(emissions, mask, temperature)
+        pairs = [len(mask), mask.shape[1] - 1, self.num_labels, self.num_labels]
+        if unary.shape != emissions.shape or list(pairwise.shape) != pairs:
+            raise ValueError(
+                f"expected counts of shape {list(emissions.shape)} and {pairs}, got {list(unary.shape)} and {list(pairwise.shape)}"
+            )
         return _weighted(unary, chain).sum((1, 2)) + _weighted(pairwise, transitions).sum((1, 2, 3))
 
     def kl(
@@ -179,7 +184,7 @@ def _weighted(weight: Tensor, score: Tensor) -> Tensor:
     return weight * torch.where((weight == 0) & (score == NEG_INF), 0, score)
 
 
-def _logsumexp(x: Tensor, dim: int) -> Tensor:
+def logsumexp(x: Tensor, dim: int) -> Tensor:
     """log sum exp whose gradient is 0, where torch.logsumexp gives NaN, when every term is -inf."""
     top = x.detach().amax(dim, keepdim=True)
     top = top.masked_fill(top == NEG_INF, 0)
@@ -190,7 +195,7 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
 
 def _softmax(x: Tensor) -> Tensor:
     """Softmax over the last axis that is 0, where torch's is NaN, when every term is -inf."""
-    total = _logsumexp(x, -1)
+    total = logsumexp(x, -1)
     return (x - total.masked_fill(total == NEG_INF, 0)[..., None]).exp()
 
 
@@ -212,7 +217,7 @@ def _log_messages(chain: Tensor, transitions: Tensor, lengths: Tensor) -> tuple[
     messages = [torch.zeros_like(both[:, :, 0])]
     for i in range(chain.shape[1] - 1):
         state = both[:, :, i] + messages[-1]
-        messages.append(_logsumexp(state[..., None] + steps, -2))
+        messages.append(logsumexp(state[..., None] + steps, -2))
     before, after = torch.stack(messages, 2)
     return before, after.gather(1, reverse)
 
@@ -233,7 +238,7 @@ def _log_space_partition(chain: Tensor, transitions: Tensor, lengths: Tensor) ->
     """log Z [B] from the forward messages; -inf where no path is legal."""
     before, _ = _log_messages(chain, transitions, lengths)
     rows = torch.arange(len(lengths), device=chain.device)
-    return _logsumexp((chain + before)[rows, lengths - 1], -1)
+    return logsumexp((chain + before)[rows, lengths - 1], -1)
 
 
 def _may_underflow(chain: Tensor, transitions: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Data sets by name, found in a folder or on the hub; the files themselves are read by `readers`."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ SOURCES = {
     "weibo": _Source(
         ("weiboNER_2nd_conll.train", "weiboNER_2nd_conll.dev", "weiboNER_2nd_conll.test"),
         ("hltcoe/weibo_ner", None),
-        lambda w: w[:-1],  # each character carries its position in its word as a digit
+        lambda w: re.sub(r"(?<=.)\d+$", "", w),  # each character carries its position in its word, 0 to 10 and more
     ),
 }
 

@@ -35,7 +35,7 @@ DIRECT = {  # what compares student and teacher without surrogate labels
     "posterior": losses.posterior,
     "structural": losses.structural,
     "path set": losses.path_set,
-    "decoupled": losses.decoupled,
+    "decoupled k-best": losses.decoupled,
 }
 KNOBS = {  # method -> the fields of Protocol that its loss reads beside alpha
     "top-k": ("k",),
@@ -43,8 +43,13 @@ KNOBS = {  # method -> the fields of Protocol that its loss reads beside alpha
     "posterior": ("temperature",),
     "structural": ("temperature",),
     "path set": ("k",),
-    "decoupled": ("k",),
-} | {name: ("k", "weight_temperature", "temperature") for name in GRAINS}
+    "decoupled k-best": ("k",),
+    "sequence": ("k", "weight_temperature"),
+    "label": ("k",),
+    "token": ("temperature",),
+    "sequence + label": ("k", "weight_temperature"),
+    "label + token": ("k", "temperature"),
+} | {name: ("k", "weight_temperature", "temperature") for name in ("multi-grained", "equal grains", "sequence + token")}
 METHODS = ("teacher", "student alone", "top-k", "posterior", "structural")  # the rows of the MSD paper's tables
 RATES = {"transformer": 3e-4, "bilstm": 3e-3, "deep bilstm": 5e-3}  # of the student's encoder
 NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
@@ -90,11 +95,12 @@ class Protocol:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
         least = {"k": 1, "batch_size": 1, "teacher_steps": 1, "student_steps": 1}
         for name in ("labelled", "transfer", "dev", "test", "student_batch", *least):
-            if getattr(self, name) < least.get(name, 0):
-                raise ValueError(f"{name}: expected {least.get(name, 0)} or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int or value < least.get(name, 0):
+                raise ValueError(f"{name}: expected a whole number, {least.get(name, 0)} or more, got {value!r}")
         for name in ("temperature", "weight_temperature", "teacher_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a weight from 0 to 1, got {self.alpha}")
         if self.encoder == "characters" and self.student != "bilstm":
@@ -151,8 +157,8 @@ class Run:
 
 def surrogate_temperature(method: str, protocol: Protocol) -> float | None:
     """The weight temperature of the surrogate labels a method learns from; None for a method that learns from none."""
-    if method in GRAINS:
-        return protocol.weight_temperature
+    if method in GRAINS and "k" in KNOBS[method]:
+        return protocol.weight_temperature if "weight_temperature" in KNOBS[method] else 1.0  # the label grain reads no weights
     return {"top-k": math.inf, "weighted top-k": 1.0}.get(method)
 
 
@@ -241,7 +247,8 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     else:
         teacher, _ = trained_teacher(protocol, parts, seed)
         loss = objective(method, teacher, protocol)
-        seen = teachers.with_teacher(student.encode(parts.labelled + parts.transfer), teacher)
+        text = parts.labelled + parts.transfer
+        seen = teachers.with_teacher(student.encode(text), text, teacher)
         weight_temperature = surrogate_temperature(method, protocol)
         if weight_temperature is not None:
             seen = teachers.with_surrogates(seen, teacher, protocol.k, weight_temperature)
@@ -373,7 +380,8 @@ def mass_of_k_best(teacher: Tagger, sentences: Sequence[Sentence], sizes: Sequen
     """Probability that the teacher's k best sequences hold together: quantiles over sentences, one row a k of `sizes`."""
     held = []
     for emissions in teacher.emissions(teacher.encode(sentences)):
-        whole = torch.ones(1, len(emissions), dtype=torch.bool)
+        emissions = emissions.to(teacher.crf.start.device)
+        whole = torch.ones(1, len(emissions), dtype=torch.bool, device=emissions.device)
         log_p = teacher.crf.k_best(emissions[None], whole, max(sizes))[1] - teacher.crf.log_partition(emissions[None], whole)
         held.append([log_p[0, :k].exp().sum().item() for k in sizes])
     table = pd.DataFrame(held, columns=list(sizes)).quantile([0.1, 0.25, 0.5, 0.75, 0.9]).T

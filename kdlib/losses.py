@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib.crf import NEG_INF, LinearChainCRF
-from kdlib.surrogates import Surrogates, surrogate_labels
+from kdlib.crf import NEG_INF, LinearChainCRF, logsumexp
+from kdlib.surrogates import Surrogates, surrogate_labels, teacher_paths
 
 
 def crf_nll(crf: LinearChainCRF, student: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def fuzzy(crf: LinearChainCRF, student: Tensor, allowed: Tensor, mask: Tensor) -
     p_S(y_i) - p_S(y_i | A). ValueError where no legal path is left.
     """
     inside = crf.constrained_log_partition(student, allowed, mask)
-    if not bool((inside > NEG_INF).all()):
+    if bool((inside == NEG_INF).any()):
         raise ValueError(
             f"allowed: expected a legal path in every sentence, got none in {(inside == NEG_INF).nonzero().flatten().tolist()}"
         )
@@ -87,7 +87,7 @@ def path_set(
 ) -> Tensor:
     """-log sum_j p_S(y^(j) | x) over the teacher's k best paths, mean over sentences: fuzzy learning without recombined paths."""
     _check(student, teacher)
-    paths, scores = teacher_crf.k_best(teacher, mask, k)
+    paths, scores = teacher_paths(teacher_crf, teacher, mask, k)
     return -_path_log_probs(crf, student, paths, scores, mask).logsumexp(1).mean()
 
 
@@ -108,10 +108,12 @@ def decoupled(
     """
     _check(student, teacher)
     with torch.no_grad():
-        paths, scores = teacher_crf.k_best(teacher, mask, k)
+        paths, scores = teacher_paths(teacher_crf, teacher, mask, k)
         teacher_log = scores - teacher_crf.log_partition(teacher, mask)[:, None]
+        teacher_other = _log_prob_of_others(teacher_crf, teacher, paths[:, 0], mask)
     student_log = _path_log_probs(crf, student, paths, scores, mask)
-    target = _kl(_or_not(teacher_log[:, 0]), _or_not(student_log[:, 0]))
+    student_other = _log_prob_of_others(crf, student, paths[:, 0], mask)
+    target = _kl(torch.stack([teacher_log[:, 0], teacher_other], 1), torch.stack([student_log[:, 0], student_other], 1))
     if scores.shape[1] == 1:
         return target.mean()
     there = (scores[:, 1:2] > NEG_INF).squeeze(1)  # a sentence of one legal path has no other
@@ -212,10 +214,17 @@ def _path_log_probs(crf: LinearChainCRF, student: Tensor, paths: Tensor, scores:
     return (log_p - crf.log_partition(student, mask)[:, None]).masked_fill(scores == NEG_INF, NEG_INF)
 
 
-def _or_not(log_p: Tensor) -> Tensor:
-    """log p and log(1 - p) [B, 2]; p is kept one rounding step below 1, where the second would have no gradient."""
-    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
-    return torch.stack([log_p, (-torch.expm1(log_p)).log()], 1)
+def _log_prob_of_others(crf: LinearChainCRF, emissions: Tensor, path: Tensor, mask: Tensor) -> Tensor:
+    """log(1 - p(path)) [B], summed over where another sequence first leaves the path: exact where 1 - p rounds to 0."""
+    batch, length, num_labels = emissions.shape
+    on_path = F.one_hot(path, num_labels).bool()
+    at, leaves = torch.arange(length, device=path.device), torch.arange(length, device=path.device)[:, None]
+    before, here = (at < leaves)[..., None], (at == leaves)[..., None]
+    allowed = torch.where(before, on_path[:, None], torch.where(here, ~on_path[:, None], True))  # [B, leaves, L, K]
+    allowed = allowed & (mask[:, :, None, None] | ~here)  # nothing leaves on padding
+    rows = [x[:, None].expand(batch, length, *x.shape[1:]).flatten(0, 1) for x in (emissions, mask)]
+    ways = crf.constrained_log_partition(rows[0], allowed.flatten(0, 1), rows[1]).view(batch, length)
+    return logsumexp(ways.masked_fill(~mask, NEG_INF), 1) - crf.log_partition(emissions, mask)
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:

@@ -35,8 +35,8 @@ def path_weights(scores: Tensor, weight_temperature: float = 1.0) -> Tensor:
     """
     if not weight_temperature > 0:
         raise ValueError(f"weight_temperature: expected more than 0, got {weight_temperature}")
-    below_best = scores - scores[:, :1]  # exact however large the scores; the first path always exists
-    return (below_best / weight_temperature).masked_fill(scores == NEG_INF, NEG_INF).softmax(1)
+    below_best = (scores - scores[:, :1]).double()  # the best path always exists
+    return (below_best / weight_temperature).masked_fill(scores == NEG_INF, NEG_INF).softmax(1).to(scores)
 
 
 def path_counts(paths: Tensor, weights: Tensor, mask: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
@@ -51,18 +51,26 @@ def path_counts(paths: Tensor, weights: Tensor, mask: Tensor, num_labels: int) -
 
 
 @torch.no_grad()
+def teacher_paths(teacher_crf: LinearChainCRF, teacher: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The teacher's k best paths and scores; ValueError for a sentence without a legal path, or with scores that are no numbers."""
+    paths, scores = teacher_crf.k_best(teacher, mask, k)
+    lost = ~scores[:, 0].isfinite()
+    if bool(lost.any()):
+        raise ValueError(
+            f"expected a legal path of finite score in every sentence, got none in {lost.nonzero().flatten().tolist()}"
+        )
+    return paths, scores
+
+
+@torch.no_grad()
 def surrogate_labels(
     teacher_crf: LinearChainCRF, teacher: Tensor, mask: Tensor, k: int = 10, weight_temperature: float = 1.0
 ) -> Surrogates:
     """The surrogate labels of a batch from the teacher's emissions [B, L, K]; legal paths only, fewer than k where there are fewer.
 
-    ValueError where a sentence has none.
+    ValueError as for `teacher_paths`.
     """
-    paths, scores = teacher_crf.k_best(teacher, mask, k)
-    if bool((scores[:, 0] == NEG_INF).any()):
-        raise ValueError(
-            f"expected a legal path in every sentence, got none in {(scores[:, 0] == NEG_INF).nonzero().flatten().tolist()}"
-        )
+    paths, scores = teacher_paths(teacher_crf, teacher, mask, k)
     unary, pairwise = path_counts(paths, path_weights(scores, weight_temperature), mask, teacher_crf.num_labels)
     used, _ = path_counts(paths, (scores > NEG_INF).to(unary), mask, teacher_crf.num_labels)
     return Surrogates(unary, pairwise, used > 0)

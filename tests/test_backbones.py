@@ -121,3 +121,9 @@ def test_the_bilstm_is_torchs_on_packed_sentences():
     weights = [torch.autograd.grad(out[mask].square().sum(), list(model.parameters())) for out in (model(pieces, mask), expected)]
     for ours, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_characters_that_never_repeat_are_no_vocabulary():
+    with pytest.raises(ValueError, match="expected tokens that come twice or more, got 2 different ones in 1 texts"):
+        backbones.characters([["a", "b", "[PAD]", "[PAD]"]])
+    assert backbones.characters([["a", "a", "[SEP]", "[SEP]"]]).tokenizer.get_vocab()["[SEP]"] == 3

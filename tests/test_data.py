@@ -136,9 +136,9 @@ def test_named_sets_with_their_oddities(tmp_path, monkeypatch):
     wikiann = dict.fromkeys(("train", "dev", "test"), "en:New\tB-LOC\nen:York\tI-LOC\nen:is\tO\nen:big\tO\n")
     named(tmp_path, "wikiann_en", wikiann)
     assert data.load("wikiann_en").test == [SENTENCE]
-    weibo = {f"weiboNER_2nd_conll.{s}": "\u53e30\tO\n\u81541\tI-PER.NOM\n" for s in ("train", "dev", "test")}
+    weibo = {f"weiboNER_2nd_conll.{s}": "\u53e30\tO\n\u81541\tI-PER.NOM\n310\tO\n10\tO\n" for s in ("train", "dev", "test")}
     named(tmp_path, "weibo", weibo)
-    assert data.load("weibo").train == [Sentence(("\u53e3", "\u8154"), (Span(1, 2, "PER.NOM"),))]
+    assert data.load("weibo").train == [Sentence(("\u53e3", "\u8154", "3", "1"), (Span(1, 2, "PER.NOM"),))]
     chunks = "".join(f"w{i} X B-NP\n\n" for i in range(20))
     named(tmp_path, "conll2000", {"train.txt": chunks, "test.txt": chunks})
     loaded = data.load("conll2000")

@@ -43,6 +43,8 @@ def test_unknown_choices_are_refused(protocol, parts):
         replace(protocol, student="gru")
     for wrong in (
         {"k": 0},
+        {"k": 2.5},
+        {"temperature": torch.inf},
         {"labelled": -1},
         {"student_steps": 0},
         {"weight_temperature": 0.0},
@@ -65,7 +67,7 @@ GOLDEN = {
         "posterior": [3.533, 1.4316],
         "structural": [3.387, 1.3559],
         "multi-grained": [7.476, 3.3856],
-        "decoupled": [2.5616, 0.9057],
+        "decoupled k-best": [2.5616, 0.9057],
     },
     "bilstm": {
         "teacher": [15.712, 13.6331],
@@ -132,7 +134,8 @@ def test_transfer_sentences_add_no_gold_term(protocol, parts):
     """Eq. 6 on a batch without labels is (1 - alpha) times the distillation loss; with alpha = 0, gold labels do not matter."""
     teacher, _ = experiments.trained_teacher(protocol, parts, 0)
     student = experiments.new_student(protocol, parts, 0).eval()
-    seen = experiments.teachers.with_teacher(student.encode(parts.labelled + parts.transfer), teacher)
+    text = parts.labelled + parts.transfer
+    seen = experiments.teachers.with_teacher(student.encode(text), text, teacher)
     batch = seen.collate([0, 7, 8])
     assert batch.labelled.tolist() == [True, False, False]
     emissions = student(batch)
@@ -141,9 +144,9 @@ def test_transfer_sentences_add_no_gold_term(protocol, parts):
     for alpha in (0.0, 0.3):
         found = experiments.objective("posterior", teacher, replace(protocol, alpha=alpha))(student, emissions, batch)
         torch.testing.assert_close(found, alpha * gold + (1 - alpha) * distilled)
-    text = seen.collate([7, 8])
-    only = experiments.objective("posterior", teacher, protocol)(student, student(text), text)
-    expected = losses.posterior(student.crf, student(text), teacher.crf, text.teacher, text.mask) / 2
+    batch = seen.collate([7, 8])
+    only = experiments.objective("posterior", teacher, protocol)(student, student(batch), batch)
+    expected = losses.posterior(student.crf, student(batch), teacher.crf, batch.teacher, batch.mask) / 2
     torch.testing.assert_close(only, expected)
 
 
@@ -155,7 +158,8 @@ def test_one_grain_alone_is_a_known_method(protocol, parts, grain, neighbour):
 
 def test_surrogates_are_those_of_the_teachers_paths_and_are_kept(protocol, parts, monkeypatch):
     teacher, _ = experiments.trained_teacher(protocol, parts, 0)
-    seen = experiments.teachers.with_teacher(teacher.encode(parts.labelled + parts.transfer), teacher)
+    text = parts.labelled + parts.transfer
+    seen = experiments.teachers.with_teacher(teacher.encode(text), text, teacher)
     found = experiments.teachers.with_surrogates(seen, teacher, 3, 2.0)
     batch = found.collate([0, 1, 9])
     expected = surrogate_labels(teacher.crf, batch.teacher, batch.mask, 3, 2.0)
@@ -174,9 +178,34 @@ def test_only_the_knobs_a_loss_reads_make_another_run(protocol, parts, monkeypat
     experiments.run("multi-grained", 0, protocol, parts)
     monkeypatch.setattr(train, "fit", None)
     experiments.run("posterior", 0, replace(protocol, k=7, weight_temperature=2.0), parts)
+    experiments.GRAINS["multi-grained"], kept = (0.5, 0.2, 0.3), experiments.GRAINS["multi-grained"]
+    with pytest.raises(TypeError):
+        experiments.run("multi-grained", 0, protocol, parts)
+    experiments.GRAINS["multi-grained"] = kept
     for other in ({"k": 2}, {"weight_temperature": 2.0}, {"temperature": 2.0}, {"alpha": 0.1}):
         with pytest.raises(TypeError):
             experiments.run("multi-grained", 0, replace(protocol, **other), parts)
+
+
+def test_a_sentence_longer_than_the_teachers_window_is_read_by_both(protocol, parts):
+    long = Sentence(("anna", "lives", "in", "paris") * 10)
+    longer = replace(parts, transfer_gold=[*parts.transfer_gold, long])
+    teacher, _ = experiments.trained_teacher(protocol, longer, 0)
+    student = experiments.new_student(replace(protocol, student="bilstm"), longer, 0)
+    seen = experiments.teachers.with_teacher(student.encode([long]), [long], teacher)
+    assert seen.teacher[0].equal(teacher.emissions(teacher.encode([long]))[0]) and len(seen.teacher[0]) == 40
+    assert len(seen.windows[0]) == 1 < len(teacher.encode([long]).windows[0])
+    with pytest.raises(ValueError, match="expected the data's own 1 sentences, got 1 of other lengths"):
+        experiments.teachers.with_teacher(student.encode([long]), parts.labelled[:1], teacher)
+
+
+def test_surrogates_belong_to_their_teacher(protocol, parts):
+    teacher, _ = experiments.trained_teacher(protocol, parts, 0)
+    data = teacher.encode(parts.labelled)
+    with pytest.raises(ValueError, match="expected sentences with their teacher's emissions"):
+        experiments.teachers.with_surrogates(data, teacher, 2)
+    seen = experiments.teachers.with_surrogates(experiments.teachers.with_teacher(data, parts.labelled, teacher), teacher, 2)
+    assert experiments.teachers.with_teacher(seen, parts.labelled, teacher).surrogates is None
 
 
 def test_characters_need_no_pretrained_encoder(protocol, parts):

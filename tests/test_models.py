@@ -37,21 +37,21 @@ def test_predicting_leaves_the_mode_alone_and_batches_do_not_matter(tiny):
 def test_a_teachers_emissions_are_computed_once(tiny, monkeypatch):
     teacher = tagger(tiny)
     data = teacher.encode(SENTENCES)
-    first = teachers.with_teacher(data, teacher)
+    first = teachers.with_teacher(data, SENTENCES, teacher)
     for own, expected in zip(first.teacher, teacher.emissions(data), strict=True):
         assert own.equal(expected)
     monkeypatch.setattr(Tagger, "emissions", lambda *_: pytest.fail("computed again"))
-    again = teachers.with_teacher(data, teacher)
+    again = teachers.with_teacher(data, SENTENCES, teacher)
     assert all(a.equal(b) for a, b in zip(first.teacher, again.teacher, strict=True))
     batch = again.collate([2, 1])
     assert batch.teacher.shape == (2, 9, 5) and (batch.teacher[1, 1:] == 0).all()
     monkeypatch.undo()
     other = tagger(tiny, seed=1)
-    assert not teachers.with_teacher(data, other).teacher[0].equal(first.teacher[0])
+    assert not teachers.with_teacher(data, SENTENCES, other).teacher[0].equal(first.teacher[0])
 
 
 def test_a_teacher_with_other_labels_is_refused(tiny):
     torch.manual_seed(0)
     teacher = Tagger(tiny.encoder, tiny.tokenizer, ["O", "B-X", "I-X"])
     with pytest.raises(ValueError, match="expected a teacher with the labels"):
-        teachers.with_teacher(tagger(tiny).encode(SENTENCES), teacher)
+        teachers.with_teacher(tagger(tiny).encode(SENTENCES), SENTENCES, teacher)

@@ -8,6 +8,7 @@ import torch
 from test_losses import LEGAL, LENGTHS, pair
 
 from kdlib import losses
+from kdlib.crf import LinearChainCRF
 from kdlib.surrogates import path_counts, path_weights, surrogate_labels
 
 EVERY = 4**5  # more than any of the sentences has paths
@@ -162,11 +163,24 @@ def test_certain_teachers_and_students_have_finite_losses_and_gradients():
             assert loss.isfinite() and torch.autograd.grad(loss, student)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("gap", [8.0, 16.0, 60.0])
+def test_a_student_that_is_sure_and_wrong_is_pushed_back(gap):
+    """With two sequences in all, decoupled is the whole KL, also where 1 - p rounds to 0."""
+    teacher_crf, crf = LinearChainCRF(2), LinearChainCRF(2)
+    for parameter in (*teacher_crf.parameters(), *crf.parameters()):
+        torch.nn.init.zeros_(parameter)
+    teacher, mask = torch.tensor([[[0.4, 0.0]]]), torch.ones(1, 1, dtype=torch.bool)
+    student = torch.tensor([[[gap, 0.0]]], requires_grad=True)
+    values = [loss(crf, student, teacher_crf, teacher, mask) for loss in (losses.decoupled, losses.structural)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, student)[0] for value in values))
+
+
 def test_weights():
     scores = torch.tensor([[2.0, 1.0, -torch.inf]])
     assert path_weights(scores, math.inf).tolist() == [[0.5, 0.5, 0]]
     torch.testing.assert_close(path_weights(scores, 0.5), (scores / 0.5).softmax(1))
-    assert path_weights(scores, 1e-6).tolist() == [[1, 0, 0]]
+    assert path_weights(scores, 1e-6).tolist() == path_weights(scores, 1e-46).tolist() == [[1, 0, 0]]
     for wrong in (0, -1, math.nan):
         with pytest.raises(ValueError, match="weight_temperature: expected more than 0"):
             path_weights(scores, wrong)
@@ -191,7 +205,13 @@ def test_what_cannot_be_is_refused():
     found = surrogate_labels(teacher_crf, teacher, mask, 3)
     with pytest.raises(ValueError, match=r"scores of one shape, got \[3, 4, 4\] and \[3, 5, 4\]"):
         losses.crf_cross_entropy(crf, student[:, :4], found, mask[:, :4])
+    with pytest.raises(ValueError, match=r"expected counts of shape \[3, 5, 4\] and \[3, 4, 4, 4\]"):
+        losses.crf_cross_entropy(crf, student, found._replace(pairwise=found.pairwise[:1]), mask)
+    nothing = teacher.detach().index_fill(0, torch.tensor(1), -torch.inf)
+    for loss in (losses.path_set, losses.decoupled, losses.top_k):
+        with pytest.raises(ValueError, match=r"expected a legal path of finite score in every sentence, got none in \[1\]"):
+            loss(crf, student, teacher_crf, nothing, mask, 3)
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         surrogate_labels(teacher_crf, teacher, mask, 0)
-    with pytest.raises(ValueError, match=r"expected a legal path in every sentence, got none in \[1\]"):
+    with pytest.raises(ValueError, match=r"expected a legal path of finite score in every sentence, got none in \[1\]"):
         surrogate_labels(teacher_crf, teacher.detach().index_fill(0, torch.tensor(1), -torch.inf), mask, 3)

@@ -107,7 +107,8 @@ def test_a_student_comes_to_agree_with_its_teacher_without_gold(tiny_folder, dis
     teacher.requires_grad_(False)
     backbone = backbones.load(tiny_folder)
     student = tagger(backbone, seed=3, encoder=backbones.lstm(backbone.encoder, 8, 8))
-    data = teachers.with_teacher(student.encode([s.without_labels() for s in SENTENCES]), teacher)
+    text = [s.without_labels() for s in SENTENCES]
+    data = teachers.with_teacher(student.encode(text), text, teacher)
 
     def loss(model, emissions, batch):
         return distil(model.crf, emissions, teacher.crf, batch.teacher, batch.mask)
