@@ -21,7 +21,7 @@ from kdlib.labels import Span
 from kdlib.models import Tagger
 from kdlib.train import Settings
 
-GRAINS = {  # weights of the sequence, label and token grain; the first alone is weighted top-k, the last alone posterior
+GRAINS = {  # weights of the sequence, label and token grain; sequence alone is weighted top-k, token alone posterior
     "multi-grained": (0.6, 0.1, 0.3),  # chosen on dev sentences of the demo corpus: the label grain's share had to be small
     "equal grains": (1 / 3, 1 / 3, 1 / 3),
     "sequence": (1.0, 0.0, 0.0),
@@ -53,6 +53,7 @@ KNOBS = {  # method -> the fields of Protocol that its loss reads beside alpha
 METHODS = ("teacher", "student alone", "top-k", "posterior", "structural")  # the rows of the MSD paper's tables
 RATES = {"transformer": 3e-4, "bilstm": 3e-3, "deep bilstm": 5e-3}  # of the student's encoder
 NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
+# (what a teacher said before it is still read: if that changes, empty the cache)
 
 
 @dataclass(frozen=True)
