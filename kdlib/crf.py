@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 NEG_INF = float("-inf")
 
@@ -73,6 +74,18 @@ class LinearChainCRF(nn.Module):
     def log_prob(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
         """log p(y | x) = s(x, y) - log Z (eq. 3) [B]."""
         return self.score(emissions, tags, mask) - self.log_partition(emissions, mask)
+
+    def log_prob_of_others(self, emissions: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
+        """log(1 - p(y | x)) [B], exact where p rounds to 1: summed over the words at which another sequence first leaves y."""
+        chain, transitions, lengths = self._chain(emissions, mask)
+        tags = tags.masked_fill(~mask, 0)
+        _, after = _log_messages(chain, transitions, lengths)
+        own = F.one_hot(tags, self.num_labels).bool()
+        step = torch.cat([torch.zeros_like(chain[:, :1]), transitions[tags[:, :-1]]], 1)  # from the label of y before
+        along = _weighted(own.to(chain), step + chain).sum(2).cumsum(1)  # the score of y up to each word
+        kept = torch.cat([torch.zeros_like(along[:, :1]), along[:, :-1]], 1)
+        left = kept + logsumexp((step + chain + after).masked_fill(own, NEG_INF), 2)
+        return logsumexp(left.masked_fill(~mask, NEG_INF), 1) - self.log_partition(emissions, mask)
 
     def marginals(self, emissions: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """p(y_i | x) [B, L, K] and p(y_i, y_(i+1) | x) [B, L-1, K, K] (eq. 8 and 11); zero on padding.

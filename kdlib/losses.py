@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdlib.crf import NEG_INF, LinearChainCRF, logsumexp
+from kdlib.crf import NEG_INF, LinearChainCRF
 from kdlib.surrogates import Surrogates, surrogate_labels, teacher_paths
 
 
@@ -110,9 +110,9 @@ def decoupled(
     with torch.no_grad():
         paths, scores = teacher_paths(teacher_crf, teacher, mask, k)
         teacher_log = scores - teacher_crf.log_partition(teacher, mask)[:, None]
-        teacher_other = _log_prob_of_others(teacher_crf, teacher, paths[:, 0], mask)
+        teacher_other = teacher_crf.log_prob_of_others(teacher, paths[:, 0], mask)
     student_log = _path_log_probs(crf, student, paths, scores, mask)
-    student_other = _log_prob_of_others(crf, student, paths[:, 0], mask)
+    student_other = crf.log_prob_of_others(student, paths[:, 0], mask)
     target = _kl(torch.stack([teacher_log[:, 0], teacher_other], 1), torch.stack([student_log[:, 0], student_other], 1))
     if scores.shape[1] == 1:
         return target.mean()
@@ -212,19 +212,6 @@ def _path_log_probs(crf: LinearChainCRF, student: Tensor, paths: Tensor, scores:
     """log p_S of the teacher's paths [B, k]; -inf where there is no such path."""
     log_p = torch.stack([crf.score(student, path, mask) for path in paths.unbind(1)], 1)
     return (log_p - crf.log_partition(student, mask)[:, None]).masked_fill(scores == NEG_INF, NEG_INF)
-
-
-def _log_prob_of_others(crf: LinearChainCRF, emissions: Tensor, path: Tensor, mask: Tensor) -> Tensor:
-    """log(1 - p(path)) [B], summed over where another sequence first leaves the path: exact where 1 - p rounds to 0."""
-    batch, length, num_labels = emissions.shape
-    on_path = F.one_hot(path, num_labels).bool()
-    at, leaves = torch.arange(length, device=path.device), torch.arange(length, device=path.device)[:, None]
-    before, here = (at < leaves)[..., None], (at == leaves)[..., None]
-    allowed = torch.where(before, on_path[:, None], torch.where(here, ~on_path[:, None], True))  # [B, leaves, L, K]
-    allowed = allowed & (mask[:, :, None, None] | ~here)  # nothing leaves on padding
-    rows = [x[:, None].expand(batch, length, *x.shape[1:]).flatten(0, 1) for x in (emissions, mask)]
-    ways = crf.constrained_log_partition(rows[0], allowed.flatten(0, 1), rows[1]).view(batch, length)
-    return logsumexp(ways.masked_fill(~mask, NEG_INF), 1) - crf.log_partition(emissions, mask)
 
 
 def _check(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:

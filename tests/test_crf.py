@@ -279,3 +279,15 @@ def test_wrong_tags_allowed_and_k_are_refused():
         crf.k_best(emissions, mask, 0)
     with pytest.raises(ValueError, match="legal start: expected bool"):
         LinearChainCRF(3, IOB2)
+
+
+@cases
+@scales
+def test_the_probability_of_all_other_paths(legal, scale):
+    crf, emissions, mask = chain(legal=legal, scale=scale)
+    best = crf.viterbi(emissions, mask)
+    found = crf.log_prob_of_others(emissions, best, mask)
+    for b, length in enumerate(LENGTHS):
+        paths = every_path(crf, emissions[b], length)
+        others = torch.stack([s for y, s in paths if list(y) != best[b, :length].tolist()]).logsumexp(0)
+        torch.testing.assert_close(found[b], others - torch.stack([s for _, s in paths]).logsumexp(0))
