@@ -149,7 +149,7 @@ def encode(
 
 
 def shape(word: str) -> int:
-    """What an uncased tokenizer drops: 1 no letters, 2 lower case, 3 Title, 4 UPPER, 5 one capital, 6 mIxed, 7 with a digit."""
+    """What an uncased tokenizer drops: 1 no letters, 2 lower case, 3 Title, 4 UPPER, 5 one capital, 6 mIxed, 7 letters and digits."""
     letters = [c for c in word if c.isalpha()]
     if any(c.isdigit() for c in word) or not letters:
         return 7 if letters else 1

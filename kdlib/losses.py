@@ -137,7 +137,7 @@ def multi_grained(
     with weight 0 is not computed. `temperature` is the token grain's.
     """
     _check(student, teacher, temperature)
-    if len(grains) != 3 or min(grains) < 0 or not max(grains) > 0:
+    if len(grains) != 3 or not all(0 <= g < math.inf for g in grains) or not any(grains):
         raise ValueError(f"grains: expected three weights of 0 or more, not all 0, got {grains}")
     sequence, label, token = grains
     loss = student.new_zeros(())

@@ -193,7 +193,7 @@ def test_multi_grained_is_the_weighted_sum_and_skips_what_weighs_nothing(monkeyp
     sequence, label, token = (losses.multi_grained(*arguments, g) for g in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
     torch.testing.assert_close(token, losses.posterior(*arguments[:4], mask))
     torch.testing.assert_close(losses.multi_grained(*arguments, (0.2, 0.3, 0.5)), 0.2 * sequence + 0.3 * label + 0.5 * token)
-    for wrong in ((0, 0, 0), (1, -1, 1), (1, 1)):
+    for wrong in ((0, 0, 0), (1, -1, 1), (1, 1), (1, math.nan, 0)):
         with pytest.raises(ValueError, match="grains: expected three weights"):
             losses.multi_grained(*arguments, wrong)
     monkeypatch.setattr(losses, "fuzzy", None)
