@@ -170,17 +170,17 @@ def minilm() -> Path:
     return found
 
 
-def _layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
-    """The stack of a BERT-like (`encoder.layer`) or DistilBERT-like (`transformer.layer`) model."""
-    for stack in ("encoder", "transformer"):
-        if hasattr(getattr(model, stack, None), "layer"):
-            return getattr(model, stack).layer
+def stack(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """The layers, in order, of a BERT-like (`encoder.layer`) or DistilBERT-like (`transformer.layer`) model."""
+    for part in ("encoder", "transformer"):
+        if hasattr(getattr(model, part, None), "layer"):
+            return getattr(model, part).layer
     raise ValueError(f"expected a BERT-like encoder with a stack of layers, got {type(model).__name__}")
 
 
 def take_layers(teacher: Transformer, keep: list[int] | None = None) -> Transformer:
     """A student with the teacher's embeddings and some of its layers, weights copied; by default every second one, the last among them."""
-    total = len(_layers(teacher.model))
+    total = len(stack(teacher.model))
     keep = list(range(1, total, 2)) if keep is None else keep
     if not keep or any(not 0 <= i < total for i in keep):
         raise ValueError(f"keep: expected layers among 0 to {total - 1}, got {keep}")
@@ -190,9 +190,40 @@ def take_layers(teacher: Transformer, keep: list[int] | None = None) -> Transfor
     student = build("transformer", config)
     weights = {name: w for name, w in teacher.model.state_dict().items() if ".layer." not in name}
     student.model.load_state_dict(weights, strict=False)
-    for own, i in zip(_layers(student.model), keep, strict=True):
-        own.load_state_dict(_layers(teacher.model)[i].state_dict())
+    for own, i in zip(stack(student.model), keep, strict=True):
+        own.load_state_dict(stack(teacher.model)[i].state_dict())
     return student
+
+
+def thin(
+    teacher: Transformer,
+    layers: int,
+    width: int,
+    feed_forward: int,
+    embedding: int = 0,
+    pieces: Sequence[int] | None = None,
+) -> Transformer:
+    """A shallower and narrower student with as many heads and random weights; `projection.project` gives it the teacher's.
+
+    `embedding`, if not 0, is the width of a factorised table of embeddings [V, embedding], as in ELECTRA. `pieces`: the teacher's numbers
+    of the word pieces that the student keeps (see `vocabulary.prune`), all by default. ValueError unless the heads divide the width, for
+    more feed-forward units than the teacher has, or for an encoder other than BERT.
+    """
+    config = teacher.config()
+    if config["model_type"] != "bert":
+        raise ValueError(f"expected a BERT, whose parts can be made narrower one by one, got {config['model_type']}")
+    heads, units = config["num_attention_heads"], config["intermediate_size"]
+    if not 0 < width <= teacher.width or width % heads:
+        raise ValueError(f"width: expected a multiple of the {heads} heads, at most the teacher's {teacher.width}, got {width}")
+    if not 0 < feed_forward <= units or not 0 <= embedding <= teacher.width:
+        raise ValueError(
+            f"expected at most {units} feed-forward units and an embedding of at most {teacher.width}, got {feed_forward} and {embedding}"
+        )
+    config |= {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": feed_forward}
+    config |= {"model_type": "electra", "embedding_size": embedding} if embedding else {}
+    config |= {"vocab_size": config["vocab_size"] if pieces is None else len(pieces)}
+    config.pop("layer_types", None)
+    return build("transformer", config)
 
 
 def from_scratch(vocabulary: int, width: int = 128, layers: int = 2, heads: int = 4, feed_forward: int = 512) -> Transformer:

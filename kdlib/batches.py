@@ -22,8 +22,8 @@ class Batch:
     """B sentences: word pieces in N >= B windows, and for every word where its first piece lies.
 
     pieces, piece_mask [N, P]; first [B, L], an index into the N * P pieces; mask [B, L]; tags [B, L] (0 on padding and where
-    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked; surrogates, its k best paths, likewise; shapes
-    [N, P], the letter case of the pieces' words, for a model that reads it.
+    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked; surrogates, its k best paths, and layers,
+    what its layers hold on the N windows, likewise; shapes [N, P], the letter case of the pieces' words, for a model that reads it.
     """
 
     pieces: Tensor
@@ -35,21 +35,26 @@ class Batch:
     teacher: Tensor | None = None
     surrogates: Surrogates | None = None
     shapes: Tensor | None = None
+    layers: Any = None  # layers.Layers
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         return replace(self, **{k: v.to(device) for k, v in vars(self).items() if v is not None})
 
 
-class Rows(Protocol):
-    """What training needs of sentences as numbers: how many words each has, and any of them as one padded batch."""
+class Collates(Protocol):
+    """Anything held for each sentence that can be had as one padded batch."""
+
+    def collate(self, rows: Sequence[int]) -> Any:
+        """The given sentences as a batch, which has `.to(device)`."""
+
+
+class Rows(Collates, Protocol):
+    """What training needs of sentences as numbers: any of them as a batch, and how many words each has."""
 
     @property
     def lengths(self) -> list[int]:
         """Words of each sentence."""
-
-    def collate(self, rows: Sequence[int]) -> Any:
-        """The given sentences as a batch, which has `.to(device)`."""
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Encoded:
     teacher: list[Tensor] | None = None
     surrogates: list[Surrogates] | None = None
     shapes: list[list[list[int]]] | None = None  # as windows: of each piece its word's, for a model that reads them
+    layers: "Collates | None" = None  # what a teacher's layers hold on the windows
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -99,6 +105,7 @@ class Encoded:
             self.teacher and pad_sequence([self.teacher[r] for r in rows], batch_first=True),
             self.surrogates and _padded([self.surrogates[r] for r in rows]),
             self.shapes and torch.tensor([w + [0] * (width - len(w)) for r in rows for w in self.shapes[r]]),
+            self.layers and self.layers.collate(rows),
         )
 
 

@@ -1,4 +1,4 @@
-"""Speed, measured side by side: `python -m kdlib.bench crf` (or gliner, surrogates) writes figures/bench/crf.csv.
+"""Speed, measured side by side: `python -m kdlib.bench crf` (or gliner, surrogates, students) writes figures/bench/crf.csv.
 
 Ours and the peer take turns in one process on the same input; reported are medians in milliseconds and their ratio, peer / ours.
 `surrogates` has no peer: it sets the k-best paths beside the teacher's own forward passes, once each.
@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -25,7 +25,7 @@ import torchcrf
 from gliner import GLiNER
 from torch import Tensor
 
-from kdlib import backbones, data, labels, plots, teachers
+from kdlib import backbones, data, experiments, labels, layer_experiments, plots, speed, teachers
 from kdlib.crf import LinearChainCRF
 from kdlib.data import ROOT
 from kdlib.models import Tagger
@@ -125,7 +125,6 @@ DEBERTA_SMALL = {
     "intermediate_size": 3072, "relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"],
     "norm_rel_ebd": "layer_norm", "share_att_key": True, "type_vocab_size": 0, "position_biased_input": False,
 }  # fmt: skip
-TURN = 4  # calls
 LABELS = ("person", "location", "organization", "animal", "plant")
 
 
@@ -172,11 +171,19 @@ def gliner(seconds: float = 8.0) -> pd.DataFrame:
     for name, (small, mode) in (peers | {"MiniLM, token mode": (False, "token_level")}).items():
         for runtime, peer in _runtimes(_untrained_gliner(small, mode)).items():
             for batch in (1, 32):
-                taken = _turns(student, peer, [texts[i : i + batch] for i in range(0, len(texts), batch)], seconds)
+                chunks = [texts[i : i + batch] for i in range(0, len(texts), batch)]
+                calls = {
+                    side: lambda i, model=model, chunks=chunks: model.inference(
+                        chunks[i], list(LABELS), batch_size=len(chunks[i])
+                    )
+                    for side, model in (("ours", student), ("theirs", peer))
+                }
+                taken = speed.in_turns(calls, len(chunks), seconds)
                 ours, theirs = (
-                    {"p50_ms": statistics.median(t) / batch, "p95_ms": statistics.quantiles(t, n=20)[-1] / batch} for t in taken
+                    {"p50_ms": statistics.median(t) / batch, "p95_ms": statistics.quantiles(t, n=20)[-1] / batch}
+                    for t in taken.values()
                 )
-                found = {"operation": f"batch {batch}", "peer": name, "runtime": runtime, "rounds": len(taken[0])}
+                found = {"operation": f"batch {batch}", "peer": name, "runtime": runtime, "rounds": len(taken["ours"])}
                 found |= {f"ours_{k}": round(v, 3) for k, v in ours.items()} | {
                     f"peer_{k}": round(v, 3) for k, v in theirs.items()
                 }
@@ -185,24 +192,6 @@ def gliner(seconds: float = 8.0) -> pd.DataFrame:
                 rows.append(found)
                 print(found, flush=True)
     return pd.DataFrame(rows)
-
-
-def _turns(student: TwinTower, peer: GLiNER, chunks: Sequence[list[str]], seconds: float) -> tuple[list[float], list[float]]:
-    """Milliseconds of each call, student and peer in turns of some calls on the same texts, for about `seconds`.
-
-    Several calls a turn, the first not counted: a served model runs again and again and has its weights in the processor's cache.
-    """
-    ours: list[float] = []
-    theirs: list[float] = []
-    began, rounds = time.perf_counter(), itertools.cycle(range(0, len(chunks), TURN))
-    while len(ours) < 2 * TURN or (time.perf_counter() - began < seconds and len(ours) < 400):
-        at = next(rounds)
-        for taken, model in ((ours, student), (theirs, peer)):
-            for number, chunk in enumerate([*chunks[at : at + 1], *chunks[at : at + TURN]]):
-                start = time.perf_counter()
-                model.inference(chunk, list(LABELS), batch_size=len(chunk))
-                taken += [1000 * (time.perf_counter() - start)] * (number > 0)
-    return ours, theirs
 
 
 def surrogates(sentences: int = 14_000) -> pd.DataFrame:
@@ -228,10 +217,32 @@ def surrogates(sentences: int = 14_000) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-BENCHMARKS = {"crf": crf, "gliner": gliner, "surrogates": surrogates}
+def students(seconds: float = 40.0) -> pd.DataFrame:
+    """Students of the adaptive notebook against the teacher's shape, from words to entities, on the same demo sentences."""
+    protocol = layer_experiments.LayerProtocol(labelled=100, transfer=100)  # speed does not depend on what is learnt
+    on = layer_experiments.ground(protocol, experiments.divide(data.load("demo"), protocol))
+    models: dict[str, Tagger] = {
+        "teacher": on.untrained(),
+        "3 of 6 layers": on.student(layer_experiments.RECIPES["undistilled"], 0),
+    }
+    for layers in (3, 2, 1):
+        for width, units in ((240, 960), (156, 600), (96, 384)):
+            own = backbones.thin(on.backbone.encoder, layers, width, units, protocol.embedding)
+            tagger = Tagger(own, on.backbone.tokenizer, labels.iob2_labels(on.parts.types))
+            models[f"{layers} layers, {width} wide"] = tagger
+    table = speed.of_taggers(models, on.parts.test[:256], seconds).rename(columns={"speedup": "ratio"})
+    table.insert(0, "operation", "batch " + table["batch"].astype(str))
+    print(table.to_string(index=False))
+    return table
 
 
-CAPTIONS = {"surrogates": "k-best surrogate labels of demo sentences beside the teacher's forward passes, once each; stored size"}
+BENCHMARKS = {"crf": crf, "gliner": gliner, "surrogates": surrogates, "students": students}
+
+
+CAPTIONS = {
+    "surrogates": "k-best surrogate labels of demo sentences beside the teacher's forward passes, once each; stored size",
+    "students": "students of the adaptive notebook in turns with the teacher, medians a sentence, ratio of sentences per second",
+}
 
 
 def main() -> None:

@@ -176,9 +176,9 @@ def distilled(method: str, model: Tagger, emissions: Tensor, teacher: LinearChai
 def objective(method: str, teacher: Tagger | None, protocol: Protocol) -> train.Loss:
     """The loss of a method: CRF NLL alone, or eq. 6, with the gold term over the labelled sentences of the batch."""
     if teacher is None:
-        return lambda model, emissions, batch: losses.crf_nll(model.crf, emissions, batch.tags, batch.mask)
+        return lambda model, emissions, batch, _: losses.crf_nll(model.crf, emissions, batch.tags, batch.mask)
 
-    def loss(model: Tagger, emissions: Tensor, batch: Batch) -> Tensor:
+    def loss(model: Tagger, emissions: Tensor, batch: Batch, _: float) -> Tensor:
         taught = distilled(method, model, emissions, teacher.crf.to(emissions.device), batch, protocol)
         own = batch.labelled
         gold = emissions.sum() * 0
@@ -220,7 +220,7 @@ def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger
     teacher = Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(parts.types))
     more = [s for s in parts.transfer_gold if s.spans is not None] if protocol.teacher_sees == "all" else []
     settings = Settings(protocol.teacher_steps, protocol.batch_size, protocol.teacher_rate, seed=seed)
-    run, weights = _trained(
+    run, weights = trained(
         teacher,
         "teacher",
         teacher.encode(parts.labelled + more),
@@ -255,10 +255,10 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
             seen = teachers.with_surrogates(seen, teacher, protocol.k, weight_temperature)
         knobs = {name: getattr(protocol, name) for name in ("alpha", *KNOBS[method])}
         more = [teacher.crf, knobs | ({"grains": GRAINS[method]} if method in GRAINS else {})]
-    return _trained(student, method, seen, loss, parts, settings, more)[0]
+    return trained(student, method, seen, loss, parts, settings, more)[0]
 
 
-def _trained(
+def trained(
     model: Tagger, method: str, seen: Encoded, loss: train.Loss, parts: Parts, settings: Settings, more=None, keep=False
 ) -> tuple[Run, dict[str, Tensor] | None]:
     """Fit and predict once per content of everything that matters; a killed run goes on where it was."""
@@ -303,9 +303,14 @@ def runs(methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts
                 continue  # there is but one: a second row would be the same run again
             done.append(run(method, seed, protocol, parts))
             if show:
-                scored = metrics.scores(parts.test, done[-1].predicted)
-                print(f"{method:14} seed {seed}: test F1 {scored['f1']:5.2f}  ({done[-1].train_seconds:.0f} s)", flush=True)
+                print(line(done[-1], parts), flush=True)
     return done
+
+
+def line(run: Run, parts: Parts) -> str:
+    """What to print of a run that has ended."""
+    scored = metrics.scores(parts.test, run.predicted)
+    return f"{run.method:14} seed {run.seed}: test F1 {scored['f1']:5.2f}  ({run.train_seconds:.0f} s)"
 
 
 def table(results: Iterable[Run], parts: Parts) -> pd.DataFrame:

@@ -4,10 +4,11 @@
 `student` and `crf` alone: the teacher's side is a constant. Every loss over whole sequences (`crf_nll`, `top_k`, `posterior`,
 `structural`) is a sum over the words of a sentence and a mean over sentences, so they can be mixed; so can `hard_labels` and
 `soft_targets`, which know no CRF and are means over words. Equation numbers are those of the meta-structured distillation (MSD) paper
-unless another is named.
+unless another is named; "adaptive" is Chengqiong and Hernandez 2023. Losses between layers take what `layers.watched` finds.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,6 +37,70 @@ def soft_targets(student: Tensor, teacher: Tensor, mask: Tensor, temperature: fl
     _check(student, teacher, temperature)
     teacher_log, student_log = (F.log_softmax(z[mask] / temperature, -1) for z in (teacher.detach(), student))
     return temperature**2 * _kl(teacher_log, student_log).mean()
+
+
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0, student_temperature: float | None = None
+) -> Tensor:
+    """-sum_i p_i(z_t, T) log p_i(z_s, T), mean over words (adaptive eq. 3); its gradient for z_s is (p_s - p_t) / T (eq. 4).
+
+    Logits [B, L, K]. `student_temperature` 1 gives the adaptive paper's eq. 12, where the teacher alone is softened. Not multiplied by
+    T^2, as in the paper: at a high temperature the gradient falls as 1 / T^2 (eq. 6).
+    """
+    own = temperature if student_temperature is None else student_temperature
+    _check(student, teacher, min(temperature, own))
+    teacher_p, student_log = F.softmax(teacher.detach()[mask] / temperature, -1), F.log_softmax(student[mask] / own, -1)
+    return -(teacher_p * student_log).sum(-1).mean()
+
+
+def attention_scores(student: Tensor, teacher: Tensor, piece_mask: Tensor) -> Tensor:
+    """1/h sum_i MSE(A_i^S, A_i^T) over the h heads, on scores before the softmax (adaptive eq. 17; Jiao et al. 2020).
+
+    Scores [N, H, P, P] of one layer each; the mean is over pairs of pieces, padding left out. ValueError unless heads match.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"expected attention scores of as many heads and pieces, got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    pairs = (piece_mask[:, None, :] & piece_mask[:, :, None])[:, None].to(student)
+    gaps = (student - teacher.detach()) * pairs  # a product, as picking the pairs out one by one takes longer than the model
+    return gaps.square().sum() / (pairs.sum() * student.shape[1])
+
+
+def hidden_states(student: Tensor, teacher: Tensor, piece_mask: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
+    """MSE(H^S W_h, H^T) over word pieces (adaptive eq. 18). [N, P, d] and [N, P, D]; `projection` is W_h, learned with the student."""
+    return F.mse_loss(projection(student[piece_mask]), teacher.detach()[piece_mask].to(student))
+
+
+def cosine(student: Tensor, teacher: Tensor, piece_mask: Tensor) -> Tensor:
+    """1 - cos(h_S, h_T), mean over word pieces: DistilBERT's third term (Sanh et al. 2019). Hidden states [N, P, D] of one width."""
+    return 1 - F.cosine_similarity(*_hidden(student, teacher, piece_mask), dim=-1).mean()
+
+
+def patient(student: Tensor, teacher: Tensor, piece_mask: Tensor) -> Tensor:
+    """|| h_S / |h_S| - h_T / |h_T| ||^2, mean over word pieces (BERT-PKD, Sun et al. 2019, who take [CLS] alone). [N, P, D] both."""
+    own, other = (F.normalize(h, dim=-1) for h in _hidden(student, teacher, piece_mask))
+    return (own - other).square().sum(-1).mean()
+
+
+def adaptive(soft: Tensor, hard: Tensor, layers: Tensor, theta: float) -> Tensor:
+    """theta L_soft + (1 - theta) L_hard + theta L_trans (adaptive eq. 15); ValueError unless 0 <= theta <= 1."""
+    if not 0 <= theta <= 1:
+        raise ValueError(f"theta: expected a weight from 0 to 1, got {theta}")
+    return theta * soft + (1 - theta) * hard + theta * layers
+
+
+def adaptive_weight(progress: float, b: float = 0.0) -> float:
+    """theta_t = max(1 - e^(t / step + b) / e, 0) as printed (adaptive eq. 14); progress is t / step, from 0 to 1.
+
+    Runs from 1 - e^(b - 1) down to max(1 - e^b, 0), so no b takes it from 1 to 0, as the text says it goes.
+    """
+    return max(1 - math.exp(_share(progress) + b - 1), 0.0)
+
+
+def rescaled_weight(progress: float) -> float:
+    """(e - e^x) / (e - 1), x = t / step: eq. 14's curve rescaled to go from 1 to 0. The bias b cancels."""
+    return (math.e - math.exp(_share(progress))) / (math.e - 1)
 
 
 def top_k(
@@ -199,6 +264,19 @@ def mix(gold: Tensor, distilled: Tensor, alpha: float) -> Tensor:
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: expected a weight from 0 to 1, got {alpha}")
     return alpha * gold + (1 - alpha) * distilled
+
+
+def _share(progress: float) -> float:
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress: expected a share of the updates from 0 to 1, got {progress}")
+    return progress
+
+
+def _hidden(student: Tensor, teacher: Tensor, piece_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides' hidden states of word pieces [., D]."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"expected hidden states of one width, got {list(student.shape)} and {list(teacher.shape)}")
+    return student[piece_mask], teacher.detach()[piece_mask].to(student)
 
 
 def _kl(teacher_log: Tensor, student_log: Tensor) -> Tensor:

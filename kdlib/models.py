@@ -15,9 +15,10 @@ from kdlib.cache import saving
 from kdlib.crf import LinearChainCRF
 from kdlib.data import Sentence
 from kdlib.labels import Span, legal_iob2, to_spans
+from kdlib.layers import Layers, watched
 from kdlib.twin_tower import TwinTower
 
-__all__ = ["Tagger", "TwinTower"]
+__all__ = ["Pupil", "Tagger", "TwinTower", "classifier"]
 
 
 class Tagger(nn.Module):
@@ -61,12 +62,14 @@ class Tagger(nn.Module):
 
     def _in_order(self, data: Encoded, answer) -> list[Tensor]:
         was_training, device = self.training, next(self.parameters()).device
-        self.eval()
+        if was_training:  # walking through every module costs more than reading a short sentence
+            self.eval()
         found: list[Tensor] = [torch.empty(0)] * len(data)
         for rows, batch in in_turn(data):
             for row, out in zip(rows, answer(batch.to(device)), strict=True):
                 found[row] = out[: len(data.firsts[row])]
-        self.train(was_training)
+        if was_training:
+            self.train()
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -88,3 +91,42 @@ class Tagger(nn.Module):
         model = cls(encoder, AutoTokenizer.from_pretrained(folder), shape["labels"], shape["dropout"])
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
+
+
+def classifier(tagger: Tagger) -> Tagger:
+    """The same tagger with its chain held at 0: a softmax per word, of which the best legal IOB2 sequence is predicted."""
+    with torch.no_grad():
+        for parameter in tagger.crf.parameters():
+            parameter.zero_()
+    tagger.crf.requires_grad_(False)
+    return tagger
+
+
+class Pupil(Tagger):
+    """A tagger that is watched while it learns: `inside` holds the layers of the last batch read in training mode, and `projection`, W_h of
+    the adaptive paper's eq. 18, takes its hidden states to the teacher's width. `graduate` leaves both behind.
+    """
+
+    inside: Layers
+
+    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], teacher_width: int) -> None:
+        super().__init__(encoder, tokenizer, labels)
+        self.projection = nn.Linear(encoder.width, teacher_width, bias=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Emissions [B, L, K]; in training mode `inside` is renewed."""
+        if not self.training:
+            return super().forward(batch)
+        with watched(self.encoder) as self.inside:
+            return super().forward(batch)
+
+    @property
+    def parameters_in_all(self) -> int:
+        """Number of scalars of the tagger that is left when the lessons are over."""
+        return super().parameters_in_all - self.projection.weight.numel()
+
+    def graduate(self) -> Tagger:
+        """The tagger itself, sharing the weights."""
+        tagger = Tagger(self.encoder, self.tokenizer, self.labels, self.dropout.p)
+        tagger.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("projection.")})
+        return tagger

@@ -195,7 +195,7 @@ def new_student(protocol: OpenProtocol, seed: int) -> TwinTower:
 def objective(distilled: bool, protocol: OpenProtocol) -> train.Loss:
     """Hard labels alone, or the mix of both; gold labels count for the labelled sentences of the batch alone."""
 
-    def loss(_: TwinTower, scores: Tensor, batch: OpenBatch) -> Tensor:
+    def loss(_: TwinTower, scores: Tensor, batch: OpenBatch, progress: float) -> Tensor:
         known = batch.mask & batch.labelled[:, None]
         share = known.sum() / batch.mask.sum()
         hard = losses.hard_labels(scores, batch.tags, known) * share if known.any() else scores.new_zeros(())

@@ -7,13 +7,16 @@ than the marginals, and every epoch needs them again: what they count to is kept
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdlib import cache
 from kdlib.batches import Encoded, in_turn
 from kdlib.data import Sentence
+from kdlib.layers import Layers, watched
 from kdlib.models import Tagger
 from kdlib.surrogates import Surrogates, surrogate_labels
 
@@ -45,6 +48,62 @@ def with_surrogates(data: Encoded, teacher: Tagger, k: int, weight_temperature: 
     words = data.lengths
     parts = stored["unary"].split(words), stored["pairwise"].split([n - 1 for n in words]), stored["allowed"].split(words)
     return replace(data, surrogates=[Surrogates(*own) for own in zip(*parts, strict=True)])
+
+
+def with_layers(data: Encoded, sentences: Sequence[Sentence], teacher: Tagger) -> Encoded:
+    """The sentences with what the teacher's layers hold on them, which is read when the first batch is asked for.
+
+    ValueError unless both cut the words into the same pieces: scores and states are compared piece by piece.
+    """
+    own = teacher.encode([s.without_labels() for s in sentences])
+    sizes = [[[len(w) for w in windows] for windows in d.windows] for d in (data, own)]
+    if sizes[0] != sizes[1] or data.firsts != own.firsts:
+        differ = [i for i, (a, b) in enumerate(zip(*sizes, strict=False)) if a != b]
+        raise ValueError(f"expected student and teacher to read the same word pieces; sentences {differ[:5]} are cut differently")
+    return replace(data, layers=_Held(teacher, own))
+
+
+class _Held:
+    """What a teacher's layers hold on sentences, in half precision in memory: it would fill a disk sooner than it pays."""
+
+    def __init__(self, teacher: Tagger, data: Encoded) -> None:
+        self._teacher, self._data = teacher, data
+
+    @cached_property
+    def _of(self) -> list[list[tuple[Tensor, Tensor]]]:
+        return _windows(cache.digest("layers", self._teacher, self._data.windows), self._teacher, self._data)
+
+    def collate(self, rows: Sequence[int]) -> Layers:
+        """The layers on the windows of the given sentences, padded with 0."""
+        windows = [window for row in rows for window in self._of[row]]
+        width = max(hidden.shape[1] for _, hidden in windows)
+        gaps = [(scores, hidden, width - hidden.shape[1]) for scores, hidden in windows]
+        scores = torch.stack([F.pad(s, (0, gap, 0, gap)) for s, _, gap in gaps], 1)
+        hidden = torch.stack([F.pad(h, (0, 0, 0, gap)) for _, h, gap in gaps], 1)
+        return Layers(dict(enumerate(scores, 1)), dict(enumerate(hidden)))
+
+
+_LATEST: dict[str, list] = {}  # the last two teachers' readings: every method and seed asks for the same again
+
+
+@torch.no_grad()
+def _windows(key: str, teacher: Tagger, data: Encoded) -> list[list[tuple[Tensor, Tensor]]]:
+    """Per sentence and window: attention scores [M, H, p, p] and hidden states [M + 1, p, D]."""
+    if key not in _LATEST:
+        held: list[list] = [[] for _ in data.windows]
+        for rows, batch in in_turn(data):
+            batch = batch.to(next(teacher.parameters()).device)
+            with watched(teacher.encoder) as found:
+                teacher.eval().encoder(batch.pieces, batch.piece_mask)
+            scores, hidden = (torch.stack([part[m] for m in sorted(part)], 1).half().cpu() for part in found)
+            sizes = iter(zip(scores, hidden, batch.piece_mask.sum(1).tolist(), strict=True))
+            for row in rows:
+                own = (next(sizes) for _ in data.windows[row])
+                held[row] = [(s[:, :, :n, :n].clone(), h[:, :n].clone()) for s, h, n in own]
+        while len(_LATEST) > 1:
+            del _LATEST[next(iter(_LATEST))]
+        _LATEST[key] = held
+    return _LATEST[key]
 
 
 def _same_labels(data: Encoded, teacher: Tagger) -> None:

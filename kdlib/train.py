@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdlib import cache
 from kdlib.batches import Rows, order
 
-Loss = Callable[[nn.Module, Tensor, Any], Tensor]  # of the model, its scores and the batch
+Loss = Callable[[nn.Module, Tensor, Any, float], Tensor]  # of the model, its scores, the batch, and the share of updates done
 Evaluate = Callable[[], dict[str, float]]
 
 
@@ -45,10 +45,11 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train `model` in place and leave it as it was best on dev; returns the history, one row an evaluation.
 
-    `loss(model, scores, batch)` is any scalar. Rows hold step, epoch, loss (mean since the last row), whatever `evaluate()` says of the
-    model (dev_f1 among it, which chooses) and seconds of training so far, evaluations not counted. With `checkpoint`, a run that was
-    killed goes on from its last evaluation and ends with the same numbers. FloatingPointError, naming the step, when the loss is not
-    finite. Under `accelerate launch` each batch is shared out among the processes.
+    `loss(model, scores, batch, progress)` is any scalar; progress is the share of the updates already made, from 0 to 1. Rows hold step,
+    epoch, loss (mean since the last row), whatever `evaluate()` says of the model (its first number chooses: higher is better) and
+    seconds of training so far, evaluations not counted. With `checkpoint`, a run that was killed goes on from its last evaluation and ends
+    with the same numbers. FloatingPointError, naming the step, when the loss is not finite. Under `accelerate launch` each batch is
+    shared out among the processes.
     """
     accelerator = Accelerator(mixed_precision=settings.precision)
     torch.manual_seed(settings.seed)
@@ -71,7 +72,7 @@ def fit(
         own = rows[accelerator.process_index :: accelerator.num_processes] or rows[:1]
         batch = data.collate(own).to(accelerator.device)
         _set_rate(optimizer, state["step"], settings)
-        value = loss(model, wrapped(batch), batch)
+        value = loss(model, wrapped(batch), batch, state["step"] / settings.steps)
         if not bool(value.isfinite()):
             raise FloatingPointError(f"loss is {value.item()} at step {state['step']} (epoch {epoch}) of {settings}")
         accelerator.backward(value)
@@ -83,9 +84,10 @@ def fit(
         state["seconds"] += time.perf_counter() - start
         if state["step"] in evaluate_at:
             row = {"step": state["step"], "epoch": state["step"] / per_epoch, "loss": sum(losses) / len(losses)}
-            state["history"].append(row | evaluate() | {"seconds": state["seconds"]})
-            losses = []
-            if state["best"] is None or state["history"][-1]["dev_f1"] >= max(h["dev_f1"] for h in state["history"]):
+            said = evaluate()
+            state["history"].append(row | said | {"seconds": state["seconds"]})
+            losses, chooses = [], next(iter(said))
+            if state["best"] is None or said[chooses] >= max(h[chooses] for h in state["history"]):
                 state["best"] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
             if checkpoint and accelerator.is_main_process:
                 _save(checkpoint, state, model, optimizer)

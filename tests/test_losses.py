@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -230,3 +232,119 @@ def test_soft_targets_leave_out_labels_excluded_on_both_sides():
     torch.testing.assert_close(value, losses.soft_targets(student[..., ~out], teacher[..., ~out], mask))
     value.backward()
     assert (student.grad[..., 2] == 0).all() and student.grad.isfinite().all()
+
+
+def layered(seed=0):
+    """Scores [2, 3, 4, 4] and hidden states [2, 4, 6] of two models, and which pieces are no padding."""
+    torch.manual_seed(seed)
+    scores = [torch.randn(2, 3, 4, 4, dtype=torch.double).requires_grad_() for _ in range(2)]
+    hidden = [torch.randn(2, 4, 6, dtype=torch.double).requires_grad_() for _ in range(2)]
+    return scores, hidden, torch.tensor([[True] * 4, [True, True, False, False]])
+
+
+def no_projection(states):
+    return states
+
+
+LAYER_LOSSES = {
+    "attention": lambda scores, hidden, mask: losses.attention_scores(*scores, mask),
+    "hidden": lambda scores, hidden, mask: losses.hidden_states(*hidden, mask, no_projection),
+    "cosine": lambda scores, hidden, mask: losses.cosine(*hidden, mask),
+    "patient": lambda scores, hidden, mask: losses.patient(*hidden, mask),
+}
+
+
+@pytest.mark.parametrize("loss", LAYER_LOSSES.values(), ids=LAYER_LOSSES)
+def test_layer_losses_are_0_for_equal_models_alone_and_teach_the_student_alone(loss):
+    scores, hidden, mask = layered()
+    value = loss(scores, hidden, mask)
+    assert value > 0.1
+    value.backward()
+    assert sum(x[0].grad.norm() for x in (scores, hidden) if x[0].grad is not None) > 0
+    assert scores[1].grad is None and hidden[1].grad is None
+    same = loss([scores[0]] * 2, [hidden[0]] * 2, mask)
+    assert same.abs() < 1e-12
+
+
+@pytest.mark.parametrize("loss", LAYER_LOSSES.values(), ids=LAYER_LOSSES)
+def test_layer_losses_do_not_see_padding(loss):
+    scores, hidden, mask = layered()
+    value = loss(scores, hidden, mask)
+    wider = [torch.nn.functional.pad(s, (0, 2, 0, 2), value=i + 5.0) for i, s in enumerate(scores)]
+    longer = [torch.nn.functional.pad(h, (0, 0, 0, 2), value=i + 5.0) for i, h in enumerate(hidden)]
+    torch.testing.assert_close(loss(wider, longer, torch.nn.functional.pad(mask, (0, 2))), value)
+    with torch.no_grad():
+        scores[1][1, :, 2:] = 99.0
+        scores[1][1, :, :, 2:] = 99.0
+        hidden[1][1, 2:] = 99.0
+    torch.testing.assert_close(loss(scores, hidden, mask), value)
+
+
+@pytest.mark.parametrize("loss", LAYER_LOSSES.values(), ids=LAYER_LOSSES)
+def test_layer_losses_gradcheck(loss):
+    scores, hidden, mask = layered()
+    assert torch.autograd.gradcheck(
+        lambda s, h: loss([s, scores[1]], [h, hidden[1]], mask), (scores[0], hidden[0]), raise_exception=True
+    )
+
+
+def test_layers_of_other_shapes_are_refused():
+    scores, hidden, mask = layered()
+    with pytest.raises(ValueError, match=r"as many heads and pieces, got \[2, 2, 4, 4\] and \[2, 3, 4, 4\]"):
+        losses.attention_scores(scores[0][:, :2], scores[1], mask)
+    for loss in (losses.cosine, losses.patient):
+        with pytest.raises(ValueError, match="hidden states of one width"):
+            loss(hidden[0][..., :3], hidden[1], mask)
+
+
+def test_hidden_states_meet_through_the_projection():
+    _, hidden, mask = layered()
+    projection = torch.nn.Linear(3, 6, bias=False).double()
+    own = hidden[0][..., :3]
+    by_hand = (own[mask] @ projection.weight.T - hidden[1][mask]).square().mean()
+    torch.testing.assert_close(losses.hidden_states(own, hidden[1], mask, projection), by_hand)
+
+
+def test_soft_cross_entropy_has_the_papers_gradient_and_limit():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 1, 3, 5, dtype=torch.double)
+    student, teacher = (z - z.mean(-1, keepdim=True) for z in (student, teacher))
+    student.requires_grad_()
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    for t in (0.5, 1.0, 4.0):
+        (found,) = torch.autograd.grad(losses.soft_cross_entropy(student, teacher, mask, t), student)
+        torch.testing.assert_close(found, ((student / t).softmax(-1) - (teacher / t).softmax(-1)).detach() / t / 3)  # eq. 4
+    (found,) = torch.autograd.grad(losses.soft_cross_entropy(student, teacher, mask, 1e4), student)
+    torch.testing.assert_close(found * 1e8, (student - teacher).detach() / 5 / 3, rtol=1e-3, atol=1e-5)  # eq. 6
+    (found,) = torch.autograd.grad(losses.soft_cross_entropy(student, teacher, mask, 4.0, 1.0), student)
+    torch.testing.assert_close(found, (student.softmax(-1) - (teacher / 4).softmax(-1)).detach() / 3)  # eq. 12
+    kl = losses.soft_targets(student, teacher, mask, 3.0) / 9
+    p = (teacher / 3).softmax(-1)
+    entropy = -(p * p.log()).sum(-1).mean()
+    torch.testing.assert_close(losses.soft_cross_entropy(student, teacher, mask, 3.0), kl + entropy)
+    with pytest.raises(ValueError, match="temperature"):
+        losses.soft_cross_entropy(student, teacher, mask, 1.0, 0.0)
+
+
+def test_the_adaptive_weight_is_eq_14_and_does_not_do_what_the_text_says():
+    e = math.e
+    for b in (0.0, -0.5, -3.6, 1.0):
+        for x in (0.0, 0.25, 1.0):
+            assert losses.adaptive_weight(x, b) == pytest.approx(max(1 - e ** (x + b) / e, 0))
+    assert losses.adaptive_weight(0.0) == pytest.approx(0.632, abs=1e-3) and losses.adaptive_weight(1.0) == 0
+    assert not any(
+        losses.adaptive_weight(0.0, b / 10) > 0.99 and losses.adaptive_weight(1.0, b / 10) < 0.01 for b in range(-60, 20)
+    )
+    assert losses.rescaled_weight(0.0) == 1 and losses.rescaled_weight(1.0) == pytest.approx(0)
+    top, bottom = (1 - e ** (x - 1) for x in (0, 1))
+    assert losses.rescaled_weight(0.4) == pytest.approx((1 - e ** (0.4 - 1) - bottom) / (top - bottom))
+    for schedule in (losses.adaptive_weight, losses.rescaled_weight):
+        with pytest.raises(ValueError, match="from 0 to 1, got 1.5"):
+            schedule(1.5)
+
+
+def test_eq_15():
+    soft, hard, layers = (torch.tensor(v) for v in (2.0, 3.0, 5.0))
+    assert losses.adaptive(soft, hard, layers, 0.25) == pytest.approx(0.25 * 2 + 0.75 * 3 + 0.25 * 5)
+    with pytest.raises(ValueError, match=r"theta.*got -0\.1"):
+        losses.adaptive(soft, hard, layers, -0.1)

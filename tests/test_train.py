@@ -13,7 +13,7 @@ SETTINGS = Settings(steps=12, batch_size=3, evaluations=4, encoder_rate=1e-2)
 GOLD = [s.spans for s in SENTENCES]
 
 
-def nll(model, emissions, batch):
+def nll(model, emissions, batch, progress=0.0):
     return losses.crf_nll(model.crf, emissions, batch.tags, batch.mask)
 
 
@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tiny_folder, tmp_pa
     whole, history = trained(tiny_folder)
     calls = []
 
-    def killing(model, emissions, batch):
+    def killing(model, emissions, batch, progress):
         calls.append(1)
         if len(calls) > at:
             raise Killed
@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tiny_folder, tmp_pa
 def test_a_loss_that_is_not_finite_stops_with_its_place(tiny_folder):
     calls = []
 
-    def diverging(model, emissions, batch):
+    def diverging(model, emissions, batch, progress):
         calls.append(1)
         return nll(model, emissions, batch) * (float("nan") if len(calls) == 5 else 1)
 
@@ -110,7 +110,7 @@ def test_a_student_comes_to_agree_with_its_teacher_without_gold(tiny_folder, dis
     text = [s.without_labels() for s in SENTENCES]
     data = teachers.with_teacher(student.encode(text), text, teacher)
 
-    def loss(model, emissions, batch):
+    def loss(model, emissions, batch, progress):
         return distil(model.crf, emissions, teacher.crf, batch.teacher, batch.mask)
 
     dev = student.encode(SENTENCES)

@@ -1,0 +1,60 @@
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from kdlib import backbones, demo, vocabulary
+from kdlib.data import Sentence
+from kdlib.labels import iob2_labels
+from kdlib.models import Tagger
+
+CORPUS = demo.load("coarse")
+TEXT = [s.tokens for s in CORPUS.train[:300]]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return backbones.load().tokenizer
+
+
+def pieces(tokenizer, words):
+    told = tokenizer(list(words), is_split_into_words=True)
+    return tokenizer.convert_ids_to_tokens(told["input_ids"]), told.word_ids()
+
+
+def test_the_text_is_cut_as_before(minilm):
+    smaller, kept = vocabulary.prune(minilm, TEXT)
+    assert len(smaller) == len(kept) < len(minilm) / 4
+    for words in TEXT:
+        assert pieces(smaller, words) == pieces(minilm, words)
+    assert [minilm.convert_ids_to_tokens(old) for old in kept] == smaller.convert_ids_to_tokens(list(range(len(kept))))
+
+
+def test_what_the_text_did_not_have_falls_back_to_shorter_pieces(minilm):
+    smaller, _ = vocabulary.prune(minilm, [("anna",)])
+    assert smaller.tokenize("anna") == ["anna"]
+    assert smaller.tokenize("Zürich") == ["z", "##u", "##r", "##i", "##c", "##h"]
+    new = 0
+    for sentence in CORPUS.test[:200]:
+        old, own = pieces(minilm, sentence.tokens), pieces(smaller, sentence.tokens)
+        assert old[0].count("[UNK]") == own[0].count("[UNK]")
+        new += len(own[0]) > len(old[0])
+    assert new > 100
+
+
+def test_a_tagger_with_fewer_pieces_is_saved_and_read_back(minilm, tmp_path):
+    smaller, kept = vocabulary.prune(minilm, TEXT)
+    encoder = backbones.thin(backbones.load().encoder, 1, 24, 48, pieces=kept)
+    tagger = Tagger(encoder, smaller, iob2_labels(["PER"])).eval()
+    tagger.save_pretrained(tmp_path / "m")
+    sentences = [Sentence(words) for words in TEXT[:5]]
+    again = Tagger.from_pretrained(tmp_path / "m")
+    assert again.encode(sentences).windows == tagger.encode(sentences).windows
+    assert again.predict(sentences) == tagger.predict(sentences)
+
+
+def test_bad_input(minilm):
+    with pytest.raises(ValueError, match="got none"):
+        vocabulary.prune(minilm, [()])
+    byte_pairs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(ValueError, match="expected a WordPiece tokenizer, such as BERT's, got BPE"):
+        vocabulary.prune(byte_pairs, TEXT)
