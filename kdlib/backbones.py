@@ -210,8 +210,11 @@ def thin(
     more feed-forward units than the teacher has, or for an encoder other than BERT.
     """
     config = teacher.config()
-    if config["model_type"] != "bert":
-        raise ValueError(f"expected a BERT, whose parts can be made narrower one by one, got {config['model_type']}")
+    if config.get("model_type") != "bert":
+        kind = config.get("model_type", type(teacher).__name__)
+        raise ValueError(f"expected a BERT, whose parts can be made narrower one by one, got {kind}")
+    if layers < 1:
+        raise ValueError(f"layers: expected 1 or more, got {layers}")
     heads, units = config["num_attention_heads"], config["intermediate_size"]
     if not 0 < width <= teacher.width or width % heads:
         raise ValueError(f"width: expected a multiple of the {heads} heads, at most the teacher's {teacher.width}, got {width}")
@@ -221,7 +224,9 @@ def thin(
         )
     config |= {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": feed_forward}
     config |= {"model_type": "electra", "embedding_size": embedding} if embedding else {}
-    config |= {"vocab_size": config["vocab_size"] if pieces is None else len(pieces)}
+    if pieces is not None:
+        pad = config["pad_token_id"]
+        config |= {"vocab_size": len(pieces), "pad_token_id": list(pieces).index(pad) if pad in pieces else None}
     config.pop("layer_types", None)
     return build("transformer", config)
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kdlib import backbones, cache, experiments, labels, losses, projection, teachers, train, vocabulary
 from kdlib.backbones import Backbone
-from kdlib.batches import Batch
+from kdlib.batches import Batch, in_turn
 from kdlib.experiments import Parts, Run
-from kdlib.layers import layer_map, patient_map
+from kdlib.layers import layer_map, patient_map, watched
 from kdlib.models import Pupil, Tagger, classifier
 from kdlib.train import Settings
 
@@ -74,6 +74,8 @@ STAGES = (
     "adaptive, random start, general stage",
     "adaptive, projected start",
     "adaptive",
+    "tinybert task stage",
+    "tinybert",
 )
 ABLATION = ("hard + soft", "hard + attention", "hard + hidden", "constant weight", "rescaled weight", "teacher softened")
 WEIGHTS: dict[str, Callable[[float, "LayerProtocol"], float]] = {
@@ -177,7 +179,7 @@ class Ground:
         """The weights that `projection.project` gives a student, made once: eigenvectors differ in the last digit from run to run."""
         teacher, sentences = self.untrained(), self.text[:600]
         seen = teacher.encode([s.without_labels() for s in sentences])
-        key = cache.digest("projected", teacher.encoder, student.config(), seen.windows, self.map(), kept and list(kept))
+        key = cache.digest(NUMBERS, "projected", teacher.encoder, student.config(), seen.windows, self.map(), kept and list(kept))
 
         def make() -> dict[str, Tensor]:
             batches = [seen.collate(range(i, min(i + 50, len(seen)))) for i in range(0, len(seen), 50)]
@@ -223,7 +225,7 @@ def _hard(model: Tagger, emissions: Tensor, batch: Batch, progress: float) -> Te
 
 
 def transformer_loss(pupil: Pupil, batch: Batch, mapped: dict[int, int], attention: bool = True, hidden: bool = True) -> Tensor:
-    """sum over the student's layers of L_attn + L_hidn (eq. 15-16)."""
+    """sum over the student's layers m = 1 to M of L_attn + L_hidn (eq. 15-16; the paper's sum begins at 0, a layer it does not name)."""
     own, other, mask = pupil.inside, batch.layers, batch.piece_mask
     total = mask.new_zeros((), dtype=torch.float32)
     for m, g in mapped.items():
@@ -277,6 +279,8 @@ def generally_distilled(on: Ground, recipe: Recipe, seed: int) -> dict[str, Tens
     """Stage 1: the weights of a thin student after it has learnt the layers of the un-fine-tuned encoder on raw text, no labels."""
     pupil, teacher, protocol = on.student(recipe, seed), on.untrained(), on.protocol
     text = [s.without_labels() for s in on.text]
+    if len(text) < 2:
+        raise ValueError(f"expected two sentences of text or more, one to learn from and one to choose by, got {len(text)}")
     cut = len(text) - max(1, len(text) // 50)  # a little text stays unread, to choose the best weights by
     seen, held_out = (teachers.with_layers(pupil.encode(part), part, teacher) for part in (text[:cut], text[cut:]))
     settings = Settings(protocol.general_steps, protocol.student_batch, protocol.thin_rate, seed=seed)
@@ -286,10 +290,18 @@ def generally_distilled(on: Ground, recipe: Recipe, seed: int) -> dict[str, Tens
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        batch = held_out.collate(range(len(held_out))).to(next(pupil.parameters()).device)
-        return {"minus_dev_loss": -loss(pupil, pupil(batch), batch, 1.0).item()}
+        pupil.eval()
+        total, device = 0.0, next(pupil.parameters()).device
+        for rows, batch in in_turn(held_out):
+            batch = batch.to(device)
+            with watched(pupil.encoder) as pupil.inside:
+                emissions = pupil(batch)
+            total += len(rows) * loss(pupil, emissions, batch, 1.0).item()
+        pupil.train()
+        return {"minus_held_out_loss": -total / len(held_out)}
 
-    key = cache.digest(NUMBERS, "general", asdict(settings), pupil, teacher, seen.content(), held_out.content())
+    windows = teacher.encode(text).windows  # a student with fewer pieces numbers them in its own way
+    key = cache.digest(NUMBERS, "general", asdict(settings), pupil, teacher, seen.content(), held_out.content(), windows)
 
     def make() -> dict[str, Tensor]:
         checkpoint = cache.path("checkpoints", f"{key}.pt")
@@ -302,13 +314,24 @@ def generally_distilled(on: Ground, recipe: Recipe, seed: int) -> dict[str, Tens
 
 def run(method: str, seed: int, on: Ground) -> Run:
     """Train the method with one seed, or read back what the same code made of the same data and settings before."""
-    return trained_teacher(on)[1] if method == "teacher" else trained_student(method, seed, on)[1]
-
-
-def trained_student(method: str, seed: int, on: Ground) -> tuple[Pupil, Run]:
-    """A method's student and its results, trained or read back; a wide one's weights are not kept, so it comes untrained."""
+    if method == "teacher":
+        return trained_teacher(on)[1]
     if method not in RECIPES:
         raise ValueError(f"method: expected one of {('teacher', *RECIPES)}, got {method!r}")
+    return _taught(method, seed, on)[1]
+
+
+def trained_student(method: str, seed: int, on: Ground) -> tuple[Tagger, Run]:
+    """A thin student and its results, trained or read back. ValueError for a wide one, whose weights are not kept."""
+    thin = [name for name, recipe in RECIPES.items() if recipe.thin]
+    if method not in thin:
+        raise ValueError(f"method: expected one of {thin}, got {method!r}")
+    pupil, found = _taught(method, seed, on)
+    return pupil.eval().graduate(), found
+
+
+def _taught(method: str, seed: int, on: Ground) -> tuple[Pupil, Run]:
+    """The pupil of a method, as it was best on dev if it is thin, and its results."""
     recipe, protocol = RECIPES[method], on.protocol
     pupil = on.student(recipe, seed)
     if recipe.general and protocol.general_steps:
@@ -325,12 +348,12 @@ def trained_student(method: str, seed: int, on: Ground) -> tuple[Pupil, Run]:
     found, weights = experiments.trained(pupil, method, seen, loss, on.parts, settings, more, keep=recipe.thin)
     if weights:
         pupil.load_state_dict(weights)
-    return pupil.eval(), found
+    return pupil, found
 
 
 def runs(methods: Iterable[str], seeds: Sequence[int], on: Ground, show: bool = True) -> list[Run]:
     """Every method with every seed, one line printed for each, the one teacher once."""
-    done = []
+    done, methods = [], list(methods)
     for seed in seeds:
         for method in methods:
             if method != "teacher" or seed == seeds[0]:

@@ -63,8 +63,12 @@ def _projections(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Query and key of a BERT-like (`attention.self`) or DistilBERT-like (`attention`) layer."""
     attention = layer.attention
     if hasattr(attention, "self"):
-        return attention.self.query, attention.self.key
-    return attention.q_lin, attention.k_lin
+        attention, names = attention.self, ("query", "key")
+    else:
+        names = ("q_lin", "k_lin")
+    if not all(hasattr(attention, name) for name in names):
+        raise ValueError(f"expected an encoder with BERT's or DistilBERT's attention, got {type(attention).__name__}")
+    return getattr(attention, names[0]), getattr(attention, names[1])
 
 
 def layer_map(student: int, teacher: int) -> dict[int, int]:
@@ -76,6 +80,5 @@ def layer_map(student: int, teacher: int) -> dict[int, int]:
 
 def patient_map(student: int, teacher: int, last: bool = False) -> dict[int, int]:
     """BERT-PKD's map: every N/M-th layer ('skip') or the layers below the top ('last'); the top layer itself is left to the labels."""
-    if last:
-        return {m: teacher - student + m for m in range(1, student)}
-    return {m: g for m, g in layer_map(student, teacher).items() if m < student}
+    skip = layer_map(student, teacher)
+    return {m: teacher - student + m if last else skip[m] for m in range(1, student)}

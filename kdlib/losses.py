@@ -62,14 +62,15 @@ def attention_scores(student: Tensor, teacher: Tensor, piece_mask: Tensor) -> Te
         raise ValueError(
             f"expected attention scores of as many heads and pieces, got {list(student.shape)} and {list(teacher.shape)}"
         )
-    pairs = (piece_mask[:, None, :] & piece_mask[:, :, None])[:, None].to(student)
+    pairs = (piece_mask[:, None, :] & piece_mask[:, :, None])[:, None].float()  # half precision could not count them
     gaps = (student - teacher.detach()) * pairs  # a product, as picking the pairs out one by one takes longer than the model
     return gaps.square().sum() / (pairs.sum() * student.shape[1])
 
 
 def hidden_states(student: Tensor, teacher: Tensor, piece_mask: Tensor, projection: Callable[[Tensor], Tensor]) -> Tensor:
     """MSE(H^S W_h, H^T) over word pieces (adaptive eq. 18). [N, P, d] and [N, P, D]; `projection` is W_h, learned with the student."""
-    return F.mse_loss(projection(student[piece_mask]), teacher.detach()[piece_mask].to(student))
+    own = projection(student[piece_mask])
+    return F.mse_loss(own, teacher.detach()[piece_mask].to(own))
 
 
 def cosine(student: Tensor, teacher: Tensor, piece_mask: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def adaptive_weight(progress: float, b: float = 0.0) -> float:
 
     Runs from 1 - e^(b - 1) down to max(1 - e^b, 0), so no b takes it from 1 to 0, as the text says it goes.
     """
-    return max(1 - math.exp(_share(progress) + b - 1), 0.0)
+    return max(1 - math.exp(min(_share(progress) + b - 1, 0)), 0.0)  # above 0 it is cut anyway
 
 
 def rescaled_weight(progress: float) -> float:

@@ -126,7 +126,11 @@ class Pupil(Tagger):
         return super().parameters_in_all - self.projection.weight.numel()
 
     def graduate(self) -> Tagger:
-        """The tagger itself, sharing the weights."""
-        tagger = Tagger(self.encoder, self.tokenizer, self.labels, self.dropout.p)
-        tagger.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("projection.")})
-        return tagger
+        """The tagger itself, made of the same modules."""
+        tagger = Tagger(self.encoder, self.tokenizer, self.labels)
+        tagger.output, tagger.crf, tagger.dropout = self.output, self.crf, self.dropout
+        return tagger.train(self.training)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tagger that is left when the lessons are over."""
+        self.graduate().save_pretrained(folder)

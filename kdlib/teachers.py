@@ -53,13 +53,15 @@ def with_surrogates(data: Encoded, teacher: Tagger, k: int, weight_temperature: 
 def with_layers(data: Encoded, sentences: Sequence[Sentence], teacher: Tagger) -> Encoded:
     """The sentences with what the teacher's layers hold on them, which is read when the first batch is asked for.
 
-    ValueError unless both cut the words into the same pieces: scores and states are compared piece by piece.
+    ValueError unless both cut every word into as many pieces: scores and states are compared piece by piece.
     """
     own = teacher.encode([s.without_labels() for s in sentences])
-    sizes = [[[len(w) for w in windows] for windows in d.windows] for d in (data, own)]
-    if sizes[0] != sizes[1] or data.firsts != own.firsts:
-        differ = [i for i, (a, b) in enumerate(zip(*sizes, strict=False)) if a != b]
-        raise ValueError(f"expected student and teacher to read the same word pieces; sentences {differ[:5]} are cut differently")
+    if len(own) != len(data):
+        raise ValueError(f"expected the data's own {len(data)} sentences, got {len(own)}")
+    cuts = [[([len(w) for w in windows], first) for windows, first in zip(d.windows, d.firsts, strict=True)] for d in (data, own)]
+    differ = [i for i, (a, b) in enumerate(zip(*cuts, strict=True)) if a != b]
+    if differ:
+        raise ValueError(f"expected student and teacher to read as many word pieces; sentences {differ[:5]} are cut differently")
     return replace(data, layers=_Held(teacher, own))
 
 
@@ -83,25 +85,29 @@ class _Held:
         return Layers(dict(enumerate(scores, 1)), dict(enumerate(hidden)))
 
 
-_LATEST: dict[str, list] = {}  # the last two teachers' readings: every method and seed asks for the same again
+_LATEST: dict[str, list] = {}  # a few readings: every method and seed asks for the same again
 
 
 @torch.no_grad()
 def _windows(key: str, teacher: Tagger, data: Encoded) -> list[list[tuple[Tensor, Tensor]]]:
     """Per sentence and window: attention scores [M, H, p, p] and hidden states [M + 1, p, D]."""
     if key not in _LATEST:
+        while len(_LATEST) > 2:  # the general stage's text and its held-out end, the fine-tuned teacher's text
+            del _LATEST[next(iter(_LATEST))]
         held: list[list] = [[] for _ in data.windows]
         for rows, batch in in_turn(data):
             batch = batch.to(next(teacher.parameters()).device)
             with watched(teacher.encoder) as found:
                 teacher.eval().encoder(batch.pieces, batch.piece_mask)
             scores, hidden = (torch.stack([part[m] for m in sorted(part)], 1).half().cpu() for part in found)
+            if not bool(hidden.isfinite().all()):
+                raise ValueError(
+                    f"expected hidden states that half precision can hold, got some beyond it in sentences {rows[:5]} ..."
+                )
             sizes = iter(zip(scores, hidden, batch.piece_mask.sum(1).tolist(), strict=True))
             for row in rows:
                 own = (next(sizes) for _ in data.windows[row])
                 held[row] = [(s[:, :, :n, :n].clone(), h[:, :n].clone()) for s, h, n in own]
-        while len(_LATEST) > 1:
-            del _LATEST[next(iter(_LATEST))]
         _LATEST[key] = held
     return _LATEST[key]
 

@@ -51,6 +51,8 @@ def fit(
     with the same numbers. FloatingPointError, naming the step, when the loss is not finite. Under `accelerate launch` each batch is
     shared out among the processes.
     """
+    if not data.lengths:
+        raise ValueError("data: expected at least one sentence to learn from, got none")
     accelerator = Accelerator(mixed_precision=settings.precision)
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(_groups(model, settings), weight_decay=settings.weight_decay, fused=True)

@@ -24,16 +24,17 @@ def prune(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Sequence[str]]) ->
     words = sorted({word for text in texts for word in text})
     if not words:
         raise ValueError("texts: expected words to keep the pieces of, got none")
-    used = {piece for e in tokenizer.backend_tokenizer.encode_batch(words, add_special_tokens=False) for piece in e.ids}
-    special = {added["id"] for added in told["added_tokens"]}
+    told["padding"] = told["truncation"] = None
+    whole = Tokenizer.from_str(json.dumps(told))
+    used = {piece for e in whole.encode_batch(words, add_special_tokens=False) for piece in e.ids}
+    special = {added["id"] for added in told["added_tokens"]} | set(whole.encode("").ids)
     letters = {number for piece, number in numbers.items() if len(piece.removeprefix(prefix)) == 1}
     kept = sorted(used | special | letters)
     new = {old: i for i, old in enumerate(kept)}
     told["model"]["vocab"] = {piece: new[old] for piece, old in numbers.items() if old in new}
     for added in told["added_tokens"]:
         added["id"] = new[added["id"]]
-    told["post_processor"] = _renumbered(told["post_processor"], new)
-    told["padding"] = told["truncation"] = None
+    told["post_processor"] = told["post_processor"] and _renumbered(told["post_processor"], new)
     names = {name: getattr(tokenizer, name) for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")}
     smaller = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(told)), **{name: piece for name, piece in names.items() if piece}
@@ -44,6 +45,8 @@ def prune(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Sequence[str]]) ->
 def _renumbered(processor: dict, new: dict[int, int]) -> dict:
     """The post-processor, which knows [CLS] and [SEP] by number."""
     processor = dict(processor)
+    if "processors" in processor:
+        processor["processors"] = [_renumbered(part, new) for part in processor["processors"]]
     for name in ("sep", "cls"):
         if name in processor:
             piece, old = processor[name]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from kdlib import backbones, cache, experiments, layer_experiments, losses, speed, train
+from kdlib import cache, experiments, layer_experiments, losses, speed, train
 from kdlib.data import Dataset, Sentence
 from kdlib.labels import Span
 from kdlib.layer_experiments import RECIPES, LayerProtocol
@@ -29,6 +29,7 @@ def on(protocol):
 
 
 def losses_of(method, on, monkeypatch):
+    """What each update of the method's own training cost."""
     found, fit = [], train.fit
 
     def kept(model, seen, loss, *rest, **more):
@@ -40,27 +41,30 @@ def losses_of(method, on, monkeypatch):
         return fit(model, seen, noted, *rest, **more)
 
     layer_experiments.trained_teacher(on)
-    pupil = on.student(RECIPES[method], 0)
     if RECIPES[method].general:
         layer_experiments.generally_distilled(on, RECIPES[method], 0)
     monkeypatch.setattr(train, "fit", kept)
     layer_experiments.run(method, 0, on)
-    return found, pupil
+    return found
 
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_method_trains_a_student_and_repeats_exactly(method, on, monkeypatch, tmp_path):
-    found, pupil = losses_of(method, on, monkeypatch)
+    found = losses_of(method, on, monkeypatch)
     assert len(found) == 5 and all(np.isfinite(found)) and found[0] > 0
     run = layer_experiments.run(method, 0, on)
+    assert run.parameters < on.untrained().parameters_in_all
+    if not RECIPES[method].thin:
+        with pytest.raises(ValueError, match=f"method: expected one of .*got '{method}'"):
+            layer_experiments.trained_student(method, 0, on)
+        return
     student, _ = layer_experiments.trained_student(method, 0, on)
-    assert run.parameters == student.graduate().parameters_in_all < on.untrained().parameters_in_all
-    if RECIPES[method].thin:
-        assert student.graduate().predict(on.parts.test) == [tuple(spans) for spans in run.predicted]
-        assert any(not a.equal(b) for a, b in zip(student.encoder.parameters(), pupil.encoder.parameters(), strict=True))
-        monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "again"))
-        again, _ = layer_experiments.trained_student(method, 0, on)
-        assert all(a.equal(b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True))
+    assert student.predict(on.parts.test) == [tuple(spans) for spans in run.predicted]
+    start = on.student(RECIPES[method], 0)
+    assert any(not a.equal(b) for a, b in zip(student.encoder.parameters(), start.encoder.parameters(), strict=True))
+    monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "again"))
+    again, _ = layer_experiments.trained_student(method, 0, on)
+    assert all(a.equal(b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True))
 
 
 def test_training_the_teacher_leaves_the_encoder_that_students_start_from(on):
@@ -176,7 +180,7 @@ def test_unknown_methods_and_shapes_that_do_not_fit(on, protocol):
 
 
 def test_speeds_are_ratios_to_the_first(on):
-    small = on.student(RECIPES["adaptive"], 0).graduate()
+    small = on.student(RECIPES["adaptive"], 0)
     table = speed.of_taggers({"teacher": on.untrained(), "small": small}, SENTENCES, 0.1, (1, 4)).set_index(["model", "batch"])
     assert (table.loc["teacher", ["speedup", "speedup_without_tokenisation"]] == 1).all(axis=None)
     assert (table["without_tokenisation"] > 0).all() and len(table) == 4
@@ -185,8 +189,52 @@ def test_speeds_are_ratios_to_the_first(on):
 
 
 def test_a_graduate_is_a_tagger_that_can_be_shipped(on, tmp_path):
-    pupil, run = layer_experiments.trained_student("adaptive", 0, on)
-    pupil.graduate().save_pretrained(tmp_path / "student")
+    student, run = layer_experiments.trained_student("adaptive", 0, on)
+    assert type(student) is Tagger and not student.training and run.parameters == student.parameters_in_all
+    student.save_pretrained(tmp_path / "student")
     again = Tagger.from_pretrained(tmp_path / "student")
     assert again.predict(on.parts.test) == [tuple(spans) for spans in run.predicted]
-    assert isinstance(again.encoder, backbones.Transformer) and not hasattr(again, "projection")
+    pupil = on.student(RECIPES["adaptive"], 0).double().eval()
+    graduate = pupil.graduate()
+    first = pupil.emissions(pupil.encode(SENTENCES))
+    graduate.predict(SENTENCES)
+    assert all(a.equal(b) for a, b in zip(first, pupil.emissions(pupil.encode(SENTENCES)), strict=True))
+    pupil.save_pretrained(tmp_path / "pupil")
+    assert Tagger.from_pretrained(tmp_path / "pupil").parameters_in_all == pupil.parameters_in_all
+
+
+def test_the_general_stage_lowers_the_distance_between_layers(protocol, on):
+    recipe = RECIPES["adaptive, random start, general stage"]
+    longer = layer_experiments.Ground(replace(protocol, general_steps=60, thin_rate=5e-3), on.parts, on.backbone)
+    text = [s.without_labels() for s in on.text]
+    teacher, distances = on.untrained(), []
+    for weights in (None, layer_experiments.generally_distilled(longer, recipe, 0)):
+        pupil = longer.student(recipe, 0)
+        if weights:
+            pupil.load_state_dict(weights)
+        batch = layer_experiments.teachers.with_layers(pupil.encode(text), text, teacher).collate(range(len(text)))
+        with torch.no_grad(), layer_experiments.watched(pupil.eval().encoder) as pupil.inside:
+            pupil(batch)
+        distances.append(layer_experiments.transformer_loss(pupil, batch, on.map()).item())
+    assert distances[1] < 0.8 * distances[0], distances
+
+
+def test_students_that_number_pieces_alike_but_read_other_text_do_not_share_a_start(tiny_folder):
+    """With 'seen' pieces two texts can look the same to the student and different to the teacher."""
+    made = []
+    for name in ("paris", "anna"):
+        text = [Sentence((name, "in", name), ())] * 4
+        protocol = LayerProtocol(
+            encoder=tiny_folder, layers=2, width=10, feed_forward=20, embedding=0, vocabulary="seen", general_steps=2
+        )
+        ground = layer_experiments.ground(protocol, experiments.divide(Dataset("own", text, text, text), protocol))
+        made.append(layer_experiments.generally_distilled(ground, RECIPES["adaptive, random start, general stage"], 0))
+    assert any(not a.equal(b) for a, b in zip(made[0].values(), made[1].values(), strict=True))
+
+
+def test_too_little_text_is_an_error(protocol, on):
+    few = replace(on.parts, labelled=on.parts.labelled[:1], transfer_gold=[])
+    with pytest.raises(ValueError, match="two sentences of text or more.*got 1"):
+        layer_experiments.run("adaptive", 0, layer_experiments.Ground(protocol, few, on.backbone))
+    with pytest.raises(ValueError, match="at least one sentence to learn from, got none"):
+        layer_experiments.run("undistilled", 0, layer_experiments.Ground(protocol, replace(few, labelled=[]), on.backbone))

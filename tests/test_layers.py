@@ -1,7 +1,7 @@
 import pytest
 import torch
 from conftest import SENTENCES, tagger
-from transformers import DistilBertConfig, DistilBertModel
+from transformers import DebertaV2Config, DebertaV2Model, DistilBertConfig, DistilBertModel
 
 from kdlib import backbones, losses, teachers
 from kdlib.layers import layer_map, patient_map, watched
@@ -55,6 +55,14 @@ def test_hooks_go_when_the_block_ends(tiny):
     assert hooks() == before
 
 
+def test_attention_of_another_make_is_refused():
+    config = DebertaV2Config(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pos_att_type=["p2c"]
+    )
+    with pytest.raises(ValueError, match="got DisentangledSelfAttention"), watched(backbones.Transformer(DebertaV2Model(config))):
+        pass
+
+
 def test_an_encoder_without_attention_is_refused():
     with pytest.raises(ValueError, match="expected a Transformer.*got BiLstm"), watched(backbones.BiLstm(9, 4, 4)):
         pass
@@ -67,6 +75,8 @@ def test_layer_maps():
     for student in (0, 5, 13):
         with pytest.raises(ValueError, match=f"divides the teacher's 12, got {student}"):
             layer_map(student, 12)
+        with pytest.raises(ValueError, match="divides"):
+            patient_map(student, 12, last=True)
 
 
 def test_a_teachers_layers_come_with_the_batch_padded_and_in_order(tiny):
@@ -95,5 +105,5 @@ def test_windows_of_a_long_sentence_are_all_there(tiny):
 def test_students_that_cut_words_otherwise_are_refused(tiny):
     teacher = tagger(tiny)
     other = teacher.encode([type(SENTENCES[0])(("Anna", "lives", "in", "Berlin", "."), ()), *SENTENCES[1:]])
-    with pytest.raises(ValueError, match=r"the same word pieces; sentences \[0\]"):
+    with pytest.raises(ValueError, match=r"as many word pieces; sentences \[0\]"):
         teachers.with_layers(other, SENTENCES, teacher)

@@ -90,7 +90,10 @@ def test_thin_students_keep_the_heads_and_say_what_is_wrong(tiny):
     config = student.model.config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 10, 20)
     assert config.num_attention_heads == 2 and student.model.get_input_embeddings().weight.shape == (30, 6)
+    with pytest.raises(ValueError, match="expected a BERT.*got BiLstm"):
+        backbones.thin(backbones.BiLstm(9, 4, 4), 1, 2, 2)
     for shape, message in (
+        ((0, 10, 20), "layers: expected 1 or more, got 0"),
         ((2, 11, 20), "multiple of the 2 heads"),
         ((2, 18, 20), "at most the teacher's 16"),
         ((2, 10, 33), "at most 32 feed-forward units"),

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -50,6 +52,32 @@ def test_a_tagger_with_fewer_pieces_is_saved_and_read_back(minilm, tmp_path):
     again = Tagger.from_pretrained(tmp_path / "m")
     assert again.encode(sentences).windows == tagger.encode(sentences).windows
     assert again.predict(sentences) == tagger.predict(sentences)
+
+
+def test_a_word_longer_than_the_tokenizers_own_limit_is_cut_as_before():
+    fresh = backbones.load().tokenizer  # comes with truncation and padding to 128 pieces switched on
+    word = "a-" * 80 + "wonderful-washington"
+    smaller, _ = vocabulary.prune(fresh, [(word,)])
+    assert smaller.tokenize(word) == fresh.tokenize(word, truncation=False)
+    assert "wonderful" in smaller.tokenize(word)
+
+
+def test_special_pieces_in_odd_places_are_renumbered(tiny_folder):
+    told = json.loads(backbones.load(tiny_folder).tokenizer.backend_tokenizer.to_str())
+    vocab = told["model"]["vocab"]
+    order = [p for p in vocab if not p.startswith("[")] + [p for p in vocab if p.startswith("[")]
+    told["model"]["vocab"] = new = {p: i for i, p in enumerate(order)}
+    for added in told["added_tokens"]:
+        added["id"] = new[added["content"]]
+    own = {"type": "BertProcessing", "sep": ["[SEP]", new["[SEP]"]], "cls": ["[CLS]", new["[CLS]"]]}
+    told["post_processor"] = {"type": "Sequence", "processors": [own]}
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    odd = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(told)), **special)
+    smaller, kept = vocabulary.prune(odd, [("anna",)])
+    assert pieces(smaller, ["anna"]) == pieces(odd, ["anna"]) == (["[CLS]", "anna", "[SEP]"], [None, 0, None])
+    config = backbones.load(tiny_folder).encoder.config() | {"pad_token_id": new["[PAD]"]}
+    encoder = backbones.thin(backbones.build("transformer", config), 1, 8, 8, pieces=kept)
+    assert encoder.model.config.pad_token_id == smaller.pad_token_id
 
 
 def test_bad_input(minilm):
