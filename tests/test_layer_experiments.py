@@ -67,6 +67,23 @@ def test_every_method_trains_a_student_and_repeats_exactly(method, on, monkeypat
     assert all(a.equal(b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+PINNED = {  # the first and the fifth update's loss: if they move, layer_experiments.NUMBERS must
+    "undistilled": (1.4124, 1.4852),
+    "distilbert": (4.3067, 2.379),
+    "bert-pkd": (0.99298, 0.46656),
+    "adaptive wide": (3.2957, 1.1997),
+    "undistilled thin, random start": (2.2686, 1.3351),
+    "adaptive, random start": (3.307, 1.0011),
+    "adaptive, random start, general stage": (2.9323, 0.92476),
+}
+
+
+@pytest.mark.parametrize("method", PINNED)
+def test_numbers_have_not_moved(method, on, monkeypatch):
+    found = losses_of(method, on, monkeypatch)
+    assert [found[0], found[4]] == pytest.approx(PINNED[method], rel=2e-3), [found[0], found[4]]
+
+
 def test_training_the_teacher_leaves_the_encoder_that_students_start_from(on):
     before = {k: v.clone() for k, v in on.backbone.encoder.state_dict().items()}
     layer_experiments.trained_teacher(on)
