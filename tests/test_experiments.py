@@ -142,10 +142,10 @@ def test_transfer_sentences_add_no_gold_term(protocol, parts):
     distilled = losses.posterior(student.crf, emissions, teacher.crf, batch.teacher, batch.mask)
     gold = losses.crf_nll(student.crf, emissions[:1], batch.tags[:1], batch.mask[:1]) / 3
     for alpha in (0.0, 0.3):
-        found = experiments.objective("posterior", teacher, replace(protocol, alpha=alpha))(student, emissions, batch)
+        found = experiments.objective("posterior", teacher, replace(protocol, alpha=alpha))(student, emissions, batch, 0.0)
         torch.testing.assert_close(found, alpha * gold + (1 - alpha) * distilled)
     batch = seen.collate([7, 8])
-    only = experiments.objective("posterior", teacher, protocol)(student, student(batch), batch)
+    only = experiments.objective("posterior", teacher, protocol)(student, student(batch), batch, 0.0)
     expected = losses.posterior(student.crf, student(batch), teacher.crf, batch.teacher, batch.mask) / 2
     torch.testing.assert_close(only, expected)
 
