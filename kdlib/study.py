@@ -171,7 +171,7 @@ def readme_table(csv: Path) -> str:
 def _method_table(rows: pd.DataFrame) -> str:
     lines = ["| method | test F1 | precision | recall | parameters | training |", "|---|---|---|---|---|---|"]
     for name, r in rows.iterrows():
-        f1 = f"{r['f1']:.2f} ± {r['f1_half']:.2f}"
+        f1 = f"{r['f1']:.2f}" + (f" ± {r['f1_half']:.2f}" if r["f1_half"] == r["f1_half"] else "")
         size = f"{r['parameters'] / 1e6:.1f} M"
         lines.append(f"| {name} | {f1} | {r['precision']:.2f} | {r['recall']:.2f} | {size} | {r['train_seconds']:.0f} s |")
     return "\n".join(lines)
