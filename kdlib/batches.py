@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.data import Sentence
+from kdlib.layers import Layers
 from kdlib.surrogates import Surrogates
 
 
@@ -35,7 +36,7 @@ class Batch:
     teacher: Tensor | None = None
     surrogates: Surrogates | None = None
     shapes: Tensor | None = None
-    layers: Any = None  # layers.Layers
+    layers: Layers | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -69,7 +70,7 @@ class Encoded:
     teacher: list[Tensor] | None = None
     surrogates: list[Surrogates] | None = None
     shapes: list[list[list[int]]] | None = None  # as windows: of each piece its word's, for a model that reads them
-    layers: "Collates | None" = None  # what a teacher's layers hold on the windows
+    layers: Collates | None = None  # what a teacher's layers hold on the windows
 
     def __len__(self) -> int:
         return len(self.windows)

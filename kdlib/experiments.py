@@ -56,6 +56,17 @@ NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results 
 # (what a teacher said before it is still read: if that changes, empty the cache)
 
 
+def check_numbers(protocol: object, whole: Mapping[str, int], above_zero: Iterable[str]) -> None:
+    """ValueError unless the fields of `whole` hold whole numbers of at least so much, and those of `above_zero` numbers above 0."""
+    for name, least in whole.items():
+        value = getattr(protocol, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}: expected a whole number, {least} or more, got {value!r}")
+    for name in above_zero:
+        if not 0 < getattr(protocol, name) < math.inf:
+            raise ValueError(f"{name}: expected a number above 0, got {getattr(protocol, name)}")
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What a run depends on besides its method and seed. Sizes are sentences; 0 takes all there are.
@@ -94,14 +105,9 @@ class Protocol:
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-        least = {"k": 1, "batch_size": 1, "teacher_steps": 1, "student_steps": 1}
-        for name in ("labelled", "transfer", "dev", "test", "student_batch", *least):
-            value = getattr(self, name)
-            if type(value) is not int or value < least.get(name, 0):
-                raise ValueError(f"{name}: expected a whole number, {least.get(name, 0)} or more, got {value!r}")
-        for name in ("temperature", "weight_temperature", "teacher_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        whole = dict.fromkeys(("labelled", "transfer", "dev", "test", "student_batch"), 0)
+        whole |= dict.fromkeys(("k", "batch_size", "teacher_steps", "student_steps"), 1)
+        check_numbers(self, whole, ("temperature", "weight_temperature", "teacher_rate"))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a weight from 0 to 1, got {self.alpha}")
         if self.encoder == "characters" and self.student != "bilstm":

@@ -1,8 +1,9 @@
 """Adaptive distillation and its baselines: methods x seeds, on tokens and layers of Transformers, without a CRF.
 
 As in `experiments`, a few sentences have labels and many more serve as text for transfer; a method is a recipe, of a student, of what it
-starts from and of its loss. Two students: 'wide', the pretrained encoder cut to fewer layers, and 'thin', narrower too and with fewer
-word pieces, which starts from the teacher's embeddings alone, and from the general stage where its recipe has one.
+starts from and of its loss. Two students: 'wide', the pretrained encoder cut to fewer layers, and 'thin', narrower too and with a
+smaller table of embeddings, which starts from the encoder's projected weights or at random, and has the general stage where its recipe
+says so.
 """
 
 import copy
@@ -53,7 +54,6 @@ RECIPES = {
     "tinybert": Recipe("tinybert", general=True),
     "tinybert task stage": Recipe("tinybert"),
     "adaptive": Recipe(general=True),
-    "adaptive wide": Recipe(thin=False),
     "undistilled thin": Recipe("hard"),
     "undistilled thin, random start": Recipe("hard", projected=False),
     "adaptive, random start": Recipe(projected=False),
@@ -90,8 +90,9 @@ IMITATION = 0.6  # share of TinyBERT's updates spent on layers, before its soft 
 class LayerProtocol:
     """What a run depends on besides its method and seed. Sizes are sentences; 0 takes all there are.
 
-    One teacher, of seed 0, teaches every student, as in the paper. width, feed_forward and vocabulary ('seen' word pieces, or the 'whole'
-    table) are the thin student's; layers are both students'. b is eq. 14's bias, theta the constant weight it is compared with.
+    One teacher, of seed 0, teaches every student, as in the paper. width, feed_forward, embedding (the width of a factorised table; 0: as
+    wide as the rest) and vocabulary (the 'whole' table, or 'seen' word pieces alone) are the thin student's; layers are both students'.
+    batch_size is the teacher's. b is eq. 14's bias, theta the constant weight it is compared with.
     """
 
     dataset: str = "demo"
@@ -120,14 +121,9 @@ class LayerProtocol:
     def __post_init__(self) -> None:
         if self.vocabulary not in ("seen", "whole"):
             raise ValueError(f"vocabulary: expected 'seen' or 'whole', got {self.vocabulary!r}")
-        least = {"labelled": 0, "transfer": 0, "dev": 0, "test": 0, "general_steps": 0, "embedding": 0}
-        for name in (f for f, kind in self.__annotations__.items() if kind is int):
-            value = getattr(self, name)
-            if type(value) is not int or value < least.get(name, 1):
-                raise ValueError(f"{name}: expected a whole number, {least.get(name, 1)} or more, got {value!r}")
-        for name in ("temperature", "teacher_rate", "wide_rate", "thin_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        sizes = ("layers", "width", "feed_forward", "teacher_steps", "student_steps", "batch_size", "student_batch")
+        whole = dict.fromkeys(("labelled", "transfer", "dev", "test", "general_steps", "embedding"), 0) | dict.fromkeys(sizes, 1)
+        experiments.check_numbers(self, whole, ("temperature", "teacher_rate", "wide_rate", "thin_rate"))
         if not 0 <= self.theta <= 1:
             raise ValueError(f"theta: expected a weight from 0 to 1, got {self.theta}")
         if not -math.inf < self.b < math.inf:
@@ -207,11 +203,11 @@ def ground(protocol: LayerProtocol, parts: Parts) -> Ground:
 def trained_teacher(on: Ground) -> tuple[Tagger, Run]:
     """The one teacher, fine-tuned on the labelled sentences by cross entropy; trained or read back."""
     teacher, protocol = on.untrained(), on.protocol
-    settings = Settings(protocol.teacher_steps, protocol.batch_size, protocol.teacher_rate)
-    loss = _hard
-    run, weights = experiments.trained(
-        teacher, "teacher", teacher.encode(on.parts.labelled), loss, on.parts, settings, [NUMBERS, "softmax"], keep=True
+    settings, seen = (
+        Settings(protocol.teacher_steps, protocol.batch_size, protocol.teacher_rate),
+        teacher.encode(on.parts.labelled),
     )
+    run, weights = experiments.trained(teacher, "teacher", seen, _hard, on.parts, settings, [NUMBERS, "softmax"], keep=True)
     teacher.load_state_dict(weights)
     return teacher.eval().requires_grad_(False), run
 

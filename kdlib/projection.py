@@ -48,7 +48,6 @@ def _held(
 ) -> dict[tuple[int, str], Tensor]:
     """What flows through the mapped layers (0: the embeddings) on the text, [words pieces, .] each."""
     held: dict[tuple[int, str], list[Tensor]] = {}
-    mask = torch.empty(0)
     hooks = []
 
     def keep(module: nn.Module, layer: int, before: str = "", after: str = "") -> None:
@@ -69,7 +68,7 @@ def _held(
     was_training = teacher.training
     teacher.eval()
     try:
-        for windows, mask in text:
+        for windows, mask in text:  # the hooks read this mask
             teacher(windows, mask)
     finally:
         teacher.train(was_training)

@@ -71,7 +71,6 @@ PINNED = {  # the first and the fifth update's loss: if they move, layer_experim
     "undistilled": (1.4124, 1.4852),
     "distilbert": (4.3067, 2.379),
     "bert-pkd": (0.99298, 0.46656),
-    "adaptive wide": (3.2957, 1.1997),
     "undistilled thin, random start": (2.2686, 1.3351),
     "adaptive, random start": (3.307, 1.0011),
     "adaptive, random start, general stage": (2.9323, 0.92476),
@@ -94,9 +93,6 @@ def test_training_the_teacher_leaves_the_encoder_that_students_start_from(on):
 def test_a_classifier_predicts_the_best_legal_sequence_of_independent_words(on):
     teacher, _ = layer_experiments.trained_teacher(on)
     assert all(p.abs().max() == 0 for p in teacher.crf.parameters())
-    batch = teacher.encode(on.parts.test).collate([0])
-    log_p = teacher.crf.log_marginals(torch.zeros_like(teacher(batch)), batch.mask)
-    assert log_p.isfinite().any()  # a chain of zeros still knows what is legal
     path = teacher.crf.viterbi(10 * torch.eye(5)[None, [2, 0, 1, 2]], torch.ones(1, 4, dtype=torch.bool))[0].tolist()
     assert path[1:] == [0, 1, 2] and path[0] != 2  # I- cannot begin a sentence
 
