@@ -5,8 +5,8 @@ one budget of updates, and methods that differ in nothing but their loss.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from kdlib.batches import Batch, Encoded
 from kdlib.crf import LinearChainCRF
 from kdlib.data import Dataset, Sentence
 from kdlib.labels import Span
+from kdlib.meta import Feedback, Meta
 from kdlib.models import Tagger
 from kdlib.train import Settings
 
@@ -77,6 +78,7 @@ class Protocol:
     student: 'transformer' keeps every second layer of the encoder; 'bilstm' reads with the encoder's embeddings, reduced by PCA;
     'deep bilstm' has two layers and sees the case of letters, which an uncased encoder drops.
     batch_size: sentences an update, the teacher's and the student's; student_batch, if not 0, is the student's own.
+    quiz: the last so many labelled sentences examine the method 'msd', whose student does not train on them; meta: how its teacher learns.
     """
 
     dataset: str = "demo"
@@ -97,6 +99,8 @@ class Protocol:
     k: int = 3
     weight_temperature: float = 1.0
     student_batch: int = 0
+    quiz: int = 0
+    meta: Meta = field(default_factory=Meta)
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -105,7 +109,7 @@ class Protocol:
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-        whole = dict.fromkeys(("labelled", "transfer", "dev", "test", "student_batch"), 0)
+        whole = dict.fromkeys(("labelled", "transfer", "dev", "test", "student_batch", "quiz"), 0)
         whole |= dict.fromkeys(("k", "batch_size", "teacher_steps", "student_steps"), 1)
         check_numbers(self, whole, ("temperature", "weight_temperature", "teacher_rate"))
         if not 0 <= self.alpha <= 1:
@@ -186,10 +190,7 @@ def objective(method: str, teacher: Tagger | None, protocol: Protocol) -> train.
 
     def loss(model: Tagger, emissions: Tensor, batch: Batch, _: float) -> Tensor:
         taught = distilled(method, model, emissions, teacher.crf.to(emissions.device), batch, protocol)
-        own = batch.labelled
-        gold = emissions.sum() * 0
-        if own.any():
-            gold = losses.crf_nll(model.crf, emissions[own], batch.tags[own], batch.mask[own]) * own.float().mean()
+        gold = losses.labelled_nll(model.crf, emissions, batch.tags, batch.mask, batch.labelled)
         return losses.mix(gold, taught, protocol.alpha)
 
     return loss
@@ -241,7 +242,7 @@ def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger
 
 def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     """Train the method with one seed, or read back what the same code made of the same data and settings before."""
-    known = ("teacher", "student alone", *KNOBS)
+    known = ("teacher", "student alone", "msd", *KNOBS)
     if method not in known:
         raise ValueError(f"method: expected one of {known}, got {method!r}")
     if method == "teacher":
@@ -249,6 +250,8 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     student = new_student(protocol, parts, seed)
     batch_size = protocol.student_batch or protocol.batch_size
     settings = Settings(protocol.student_steps, batch_size, RATES[protocol.student], seed=seed)
+    if method == "msd":
+        return _met(student, protocol, parts, settings)
     if method == "student alone":
         loss, seen, more = objective(method, None, protocol), student.encode(parts.labelled), None
     else:
@@ -264,10 +267,37 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     return trained(student, method, seen, loss, parts, settings, more)[0]
 
 
+def _met(student: Tagger, protocol: Protocol, parts: Parts, settings: Settings) -> Run:
+    """Meta-structured distillation: as other methods, but for the quiz, which the student does without in training."""
+    if not 0 < protocol.quiz < len(parts.labelled):
+        raise ValueError(f"quiz: expected some, not all, of {len(parts.labelled)} labelled sentences, got {protocol.quiz}")
+    if protocol.temperature != 1:
+        raise ValueError(f"temperature: expected 1 for msd, as in the paper, got {protocol.temperature}")
+    teacher, _ = trained_teacher(protocol, parts, settings.seed)
+    text = parts.labelled[: -protocol.quiz] + parts.transfer
+    seen, quiz = teachers.with_teacher(student.encode(text), text, teacher), student.encode(parts.labelled[-protocol.quiz :])
+    loss = Feedback(teacher, student, quiz, protocol.alpha, protocol.meta, settings.seed)
+    dev, gold = teacher.encode(parts.dev), [s.spans for s in parts.dev]
+
+    def drift() -> dict[str, float]:
+        return {"teacher_dev_f1": float(metrics.f1(metrics.counts(gold, loss.teacher.predict(dev))))}
+
+    more = [teacher, quiz.content(), protocol.alpha, protocol.meta]
+    return trained(student, "msd", seen, loss, parts, settings, more, watch=drift)[0]
+
+
 def trained(
-    model: Tagger, method: str, seen: Encoded, loss: train.Loss, parts: Parts, settings: Settings, more=None, keep=False
+    model: Tagger,
+    method: str,
+    seen: Encoded,
+    loss: train.Loss,
+    parts: Parts,
+    settings: Settings,
+    more=None,
+    keep: bool = False,
+    watch: Callable[[], dict[str, float]] = dict,
 ) -> tuple[Run, dict[str, Tensor] | None]:
-    """Fit and predict once per content of everything that matters; a killed run goes on where it was."""
+    """Fit and predict once per content of everything that matters; a killed run goes on where it was. `watch`: more to note of dev."""
     dev, test = model.encode(parts.dev), model.encode(parts.test)
     key = cache.digest(
         NUMBERS, method, asdict(settings), model, seen.content(), seen.teacher, dev.content(), test.content(), more
@@ -279,7 +309,7 @@ def trained(
     dev_gold = [s.spans for s in parts.dev]
 
     def evaluate() -> dict[str, float]:
-        return {"dev_f1": float(metrics.f1(metrics.counts(dev_gold, model.predict(dev))))}
+        return {"dev_f1": float(metrics.f1(metrics.counts(dev_gold, model.predict(dev))))} | watch()
 
     def fitted() -> dict:
         history = train.fit(model, seen, loss, evaluate, settings, checkpoint)

@@ -23,6 +23,13 @@ def crf_nll(crf: LinearChainCRF, student: Tensor, tags: Tensor, mask: Tensor) ->
     return -crf.log_prob(student, tags, mask).mean()
 
 
+def labelled_nll(crf: LinearChainCRF, student: Tensor, tags: Tensor, mask: Tensor, labelled: Tensor) -> Tensor:
+    """`crf_nll` of the sentences that have gold labels, `labelled` [B], over the number of all: 0 where there are none."""
+    if not bool(labelled.any()):
+        return student.sum() * 0
+    return crf_nll(crf, student[labelled], tags[labelled], mask[labelled]) * labelled.float().mean()
+
+
 def hard_labels(student: Tensor, tags: Tensor, mask: Tensor) -> Tensor:
     """-log softmax(student)[tag], mean over words: what a student without a teacher learns from. Logits [B, L, K], tags [B, L]."""
     return F.cross_entropy(student[mask], tags[mask])

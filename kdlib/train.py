@@ -48,8 +48,8 @@ def fit(
     `loss(model, scores, batch, progress)` is any scalar; progress is the share of the updates already made, from 0 to 1. Rows hold step,
     epoch, loss (mean since the last row), whatever `evaluate()` says of the model (its first number chooses: higher is better) and
     seconds of training so far, evaluations not counted. With `checkpoint`, a run that was killed goes on from its last evaluation and ends
-    with the same numbers. FloatingPointError, naming the step, when the loss is not finite. Under `accelerate launch` each batch is
-    shared out among the processes.
+    with the same numbers, and so does a loss that learns itself, which has a `state_dict` as `meta.Feedback` has. FloatingPointError,
+    naming the step, when the loss is not finite. Under `accelerate launch` each batch is shared out among the processes.
     """
     if not data.lengths:
         raise ValueError("data: expected at least one sentence to learn from, got none")
@@ -59,7 +59,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     state = {"step": 0, "seconds": 0.0, "history": [], "best": None}
     if checkpoint and checkpoint.exists():
-        state = _resume(checkpoint, model, optimizer)
+        state = _resume(checkpoint, model, optimizer, loss)
     evaluate_at = {round(settings.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     per_epoch = math.ceil(len(data.lengths) / settings.batch_size)
     losses: list[float] = []
@@ -92,7 +92,7 @@ def fit(
             if state["best"] is None or said[chooses] >= max(h[chooses] for h in state["history"]):
                 state["best"] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
             if checkpoint and accelerator.is_main_process:
-                _save(checkpoint, state, model, optimizer)
+                _save(checkpoint, state, model, optimizer, loss)
     model.load_state_dict(state["best"])
     model.eval()
     return state["history"]
@@ -116,18 +116,21 @@ def _set_rate(optimizer: torch.optim.Optimizer, step: int, settings: Settings) -
         group["lr"] = group["peak"] * share
 
 
-def _save(checkpoint: Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _save(checkpoint: Path, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> None:
     """All that the rest of the run depends on, random numbers included, in one file that is whole or absent."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     everything = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    everything |= {"loss": loss.state_dict()} if hasattr(loss, "state_dict") else {}
     with cache.replacing(checkpoint) as aside:
         torch.save(everything | {"random": torch.get_rng_state(), "random_devices": devices}, aside)
 
 
-def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def _resume(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> dict:
     stored = torch.load(checkpoint, weights_only=True, map_location="cpu")
     model.load_state_dict(stored.pop("model"))
     optimizer.load_state_dict(stored.pop("optimizer"))
+    if "loss" in stored:
+        loss.load_state_dict(stored.pop("loss"))
     torch.set_rng_state(stored.pop("random"))
     devices = stored.pop("random_devices")
     if devices:
