@@ -51,8 +51,9 @@ KNOBS = {  # method -> the fields of Protocol that its loss reads beside alpha
     "sequence + label": ("k", "weight_temperature"),
     "label + token": ("k", "temperature"),
 } | {name: ("k", "weight_temperature", "temperature") for name in ("multi-grained", "equal grains", "sequence + token")}
-METHODS = ("teacher", "student alone", "top-k", "posterior", "structural")  # the rows of the MSD paper's tables
-RATES = {"transformer": 3e-4, "bilstm": 3e-3, "deep bilstm": 5e-3}  # of the student's encoder
+METHODS = ("teacher", "student alone", "top-k", "posterior", "structural", "msd")  # the rows of the MSD paper's tables
+RATES = {"transformer": 3e-4, "bilstm": 3e-3, "narrow bilstm": 3e-3, "deep bilstm": 5e-3}  # of the student's encoder
+RATES |= {f"transformer, {layers}": 3e-4 for layers in (4, 2, 1)}
 NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
 # (what a teacher said before it is still read: if that changes, empty the cache)
 
@@ -75,8 +76,9 @@ class Protocol:
     teacher_sees: 'labelled', the same gold labels as the student; or 'all', those of the transfer sentences too.
     one_teacher: every seed learns from the teacher of seed 0, as in the papers; otherwise each from its own, so that the intervals
     hold the teacher's luck too.
-    student: 'transformer' keeps every second layer of the encoder; 'bilstm' reads with the encoder's embeddings, reduced by PCA;
-    'deep bilstm' has two layers and sees the case of letters, which an uncased encoder drops.
+    student: 'transformer' keeps every second layer of the encoder, 'transformer, 4', 2 or 1 so many, evenly spread with the last among
+    them; 'bilstm' reads with the encoder's embeddings, reduced by PCA, and 'narrow bilstm' is half as wide; 'deep bilstm' has two
+    layers and sees the case of letters, which an uncased encoder drops.
     batch_size: sentences an update, the teacher's and the student's; student_batch, if not 0, is the student's own.
     quiz: the last so many labelled sentences examine the method 'msd', whose student does not train on them; meta: how its teacher learns.
     """
@@ -214,17 +216,27 @@ def new_student(protocol: Protocol, parts: Parts, seed: int) -> Tagger:
 def _student_encoder(protocol: Protocol, encoder: torch.nn.Module) -> torch.nn.Module:
     if protocol.student == "transformer":
         return backbones.take_layers(encoder)
+    if protocol.student.startswith("transformer"):
+        kept, total = int(protocol.student.split()[1]), len(backbones.stack(encoder.model))
+        return backbones.take_layers(encoder, [(m + 1) * total // kept - 1 for m in range(kept)])
     if isinstance(encoder, backbones.BiLstm):
         return backbones.narrow(encoder)
+    if protocol.student == "narrow bilstm":
+        return backbones.lstm(encoder, embedding=64, hidden=100)
     return backbones.lstm(encoder, layers=2, shapes=True) if protocol.student == "deep bilstm" else backbones.lstm(encoder)
+
+
+def new_teacher(protocol: Protocol, parts: Parts, seed: int) -> Tagger:
+    """An untrained teacher: the encoder whole."""
+    backbone = untrained(protocol, parts, seed)
+    torch.manual_seed(seed)
+    return Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(parts.types))
 
 
 def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger, Run]:
     """The teacher of a protocol and seed, trained or read back."""
     seed = 0 if protocol.one_teacher else seed
-    backbone = untrained(protocol, parts, seed)
-    torch.manual_seed(seed)
-    teacher = Tagger(backbone.encoder, backbone.tokenizer, labels.iob2_labels(parts.types))
+    teacher = new_teacher(protocol, parts, seed)
     more = [s for s in parts.transfer_gold if s.spans is not None] if protocol.teacher_sees == "all" else []
     settings = Settings(protocol.teacher_steps, protocol.batch_size, protocol.teacher_rate, seed=seed)
     run, weights = trained(

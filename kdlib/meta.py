@@ -81,7 +81,7 @@ class Meta:
     of the batch, brought to length 1 too.
     """
 
-    rate: float = 0.02
+    rate: float = 0.002
     pilot_rate: float = 1e-3
     every: int = 4
     anchor: float = 0.0
@@ -127,17 +127,19 @@ def feedback(
 
     with _dropout_off(student):
         if meta.way == "central":
-            return _central(theta, given, taught, examined, meta.pilot_rate)
+            return central(theta, given, taught, examined, meta.pilot_rate)
         with twice_differentiable(student):
-            return _exact(theta, given, taught, examined, meta.pilot_rate)
+            return exact(theta, given, taught, examined, meta.pilot_rate)
 
 
-def _exact(theta: Theta, given: list[Tensor], taught: Asked, examined: Asked, rate: float) -> list[Tensor]:
+def exact(theta: Theta, given: list[Tensor], taught: Asked, examined: Asked, rate: float) -> list[Tensor]:
+    """d examined(theta - rate grad taught(theta)) / d given, by differentiating twice; `taught` reads `given`, which want gradients."""
     pilot = _moved(theta, _gradient(taught(theta), theta, create_graph=True), -rate)
     return list(torch.autograd.grad(examined(pilot), given, materialize_grads=True))
 
 
-def _central(theta: Theta, given: list[Tensor], taught: Asked, examined: Asked, rate: float) -> list[Tensor]:
+def central(theta: Theta, given: list[Tensor], taught: Asked, examined: Asked, rate: float) -> list[Tensor]:
+    """The same by -rate d/d given [taught(theta + eps v) - taught(theta - eps v)] / (2 eps), v the gradient of `examined` at the pilot."""
     pilot = _moved(theta, _gradient(taught(theta), theta), -rate)
     pilot = {name: p.detach().requires_grad_() for name, p in pilot.items()}
     v = _gradient(examined(pilot), pilot)
