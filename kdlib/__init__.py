@@ -13,10 +13,12 @@ Read it the way data flows; a module imports only modules that stand before it:
     losses       one pure function per equation         teachers     what a teacher says and holds, computed once
     metrics      scores, intervals, paired tests        gliner_teacher  a GLiNER, loaded or trained, and its soft labels
     train        fit(): one loop for every model and loss
+    meta         a teacher that learns from its student's quiz
     experiments  CRF methods x seeds -> a table         open_experiments  GLiNER -> LSTM: both protocols, both references
     layer_experiments  adaptive distillation, its baselines and stages
     plots        figures and tables on disk             study        the notebooks, in batch
-    speed        milliseconds, taken in turns           bench        speed, side by side
+    speed        milliseconds, taken in turns           costs        milliseconds and memory of an update, by method
+    bench        speed, side by side
 
 Symbols, in code and in docstrings:
 
