@@ -1,7 +1,9 @@
 """What one update of a student costs, method by method: milliseconds and peak memory, measured side by side in one process."""
 
+import copy
 import ctypes
 import gc
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -13,14 +15,13 @@ import torch
 
 from kdlib import experiments, losses, teachers, train
 from kdlib.experiments import Parts, Protocol
-from kdlib.meta import Feedback
+from kdlib.meta import Feedback, Meta
 from kdlib.models import Tagger
 
 UPDATES = 4  # a turn
 ALONE = ("teacher", "student alone")
 ROWS = (
     *ALONE,
-    "student alone",
     "top-k",
     "posterior",
     "structural",
@@ -59,18 +60,30 @@ def of_updates(protocol: Protocol, parts: Parts, rounds: int = 4, rows: tuple[st
     over those of plain posterior distillation, whose teacher is stored, or read anew for every batch as MSD has to. 'now and then': the
     teacher learns once in `protocol.meta.every` updates, else at each.
     """
+    unknown = set(rows) - set(ROWS)
+    plain = {"stored": "posterior", "read anew": "posterior, teacher read anew"}
+    if unknown or not set(plain.values()) <= set(rows) or rounds < 1 or not 0 < protocol.quiz < len(parts.labelled):
+        raise ValueError(
+            f"expected rows of {ROWS}, both plain ones among them, a round or more and some of {len(parts.labelled)} sentences as quiz, "
+            f"got rows={rows}, rounds={rounds}, quiz={protocol.quiz}"
+        )
     teacher, _ = experiments.trained_teacher(protocol, parts, 0)
     text = parts.labelled + parts.transfer
     student = experiments.new_student(protocol, parts, 0)
     labelled = student.encode(parts.labelled)
-    seen = teachers.with_surrogates(teachers.with_teacher(student.encode(text), text, teacher), teacher, protocol.k)
-    settings = train.Settings(UPDATES, protocol.student_batch or protocol.batch_size, evaluations=1)
+    told = teachers.with_teacher(student.encode(text), text, teacher)
+    seen = (
+        dict.fromkeys(rows, told)
+        | dict.fromkeys(ALONE, labelled)
+        | {"top-k": teachers.with_surrogates(told, teacher, protocol.k)}
+    )
 
     def turn(row: str) -> float:
         own = (experiments.new_teacher if row == "teacher" else experiments.new_student)(protocol, parts, 0)
         loss = _loss(row, own, teacher, protocol, parts)
-        history = train.fit(own, seen if row not in ALONE else labelled, loss, lambda: {"dev_f1": 0.0}, settings)
-        return 1000 * history[-1]["seconds"] / UPDATES
+        settings = train.Settings(_updates(row, protocol), protocol.student_batch or protocol.batch_size, evaluations=1)
+        history = train.fit(own, seen[row], loss, lambda: {"dev_f1": 0.0}, settings)
+        return 1000 * history[-1]["seconds"] / settings.steps
 
     taken: dict[str, list[tuple[float, float]]] = {row: [] for row in rows}
     for _ in range(rounds):
@@ -81,25 +94,31 @@ def of_updates(protocol: Protocol, parts: Parts, rounds: int = 4, rows: tuple[st
         milliseconds, peaks = zip(*(own[1:] or own), strict=True)  # the first warms up
         found.append({"row": row, "ms_per_update_p50": statistics.median(milliseconds), "peak_mb": statistics.median(peaks)})
     table = pd.DataFrame(found).set_index("row")
-    for name, plain in (("stored", "posterior"), ("read anew", "posterior, teacher read anew")):
-        table[f"time over {name}"] = table["ms_per_update_p50"] / table["ms_per_update_p50"][plain]
-        table[f"memory over {name}"] = table["peak_mb"] / table["peak_mb"][plain]
+    for name, row in plain.items():
+        table[f"time over {name}"] = table["ms_per_update_p50"] / table["ms_per_update_p50"][row]
+        table[f"memory over {name}"] = table["peak_mb"] / table["peak_mb"][row]
     return table.round(2).reset_index()
+
+
+def _updates(row: str, protocol: Protocol) -> int:
+    """How many in a turn: whole rounds of one with and some without a lesson for the teacher."""
+    every = protocol.meta.every if row.endswith("then") else 1
+    return every * math.ceil(UPDATES / every)
 
 
 def _loss(row: str, student: Tagger, teacher: Tagger, protocol: Protocol, parts: Parts) -> train.Loss:
     if row.startswith("msd"):
-        quiz = student.encode(parts.labelled[-protocol.quiz :])
-        way = "exact" if "exact" in row else "central"
         every = protocol.meta.every if row.endswith("then") else 1
-        return Feedback(teacher, student, quiz, protocol.alpha, replace(protocol.meta, way=way, every=every))
+        learns = replace(protocol.meta, way=row.split()[1].strip(","), every=every, rate=protocol.meta.rate or Meta.rate)
+        return Feedback(teacher, student, student.encode(parts.labelled[-protocol.quiz :]), protocol.alpha, learns)
     if not row.endswith("anew"):
         return experiments.objective(row, None if row in ALONE else teacher, protocol)
+    at_hand = copy.deepcopy(teacher)  # counted as memory, as MSD's copy is
 
     def read_anew(model: Tagger, emissions: torch.Tensor, batch: experiments.Batch, _: float) -> torch.Tensor:
         with torch.no_grad():
-            said = teacher(batch)
+            said = at_hand.to(emissions.device)(batch)
         gold = losses.labelled_nll(model.crf, emissions, batch.tags, batch.mask, batch.labelled)
-        return losses.mix(gold, losses.posterior(model.crf, emissions, teacher.crf, said, batch.mask), protocol.alpha)
+        return losses.mix(gold, losses.posterior(model.crf, emissions, at_hand.crf, said, batch.mask), protocol.alpha)
 
     return read_anew

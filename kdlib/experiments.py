@@ -6,7 +6,7 @@ one budget of updates, and methods that differ in nothing but their loss.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -116,6 +116,8 @@ class Protocol:
         check_numbers(self, whole, ("temperature", "weight_temperature", "teacher_rate"))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha: expected a weight from 0 to 1, got {self.alpha}")
+        if not isinstance(self.meta, Meta):
+            raise ValueError(f"meta: expected a Meta, got {self.meta!r}")
         if self.encoder == "characters" and self.student != "bilstm":
             raise ValueError(f"student: expected 'bilstm' over characters, whose encoder is one itself, got {self.student!r}")
 
@@ -279,12 +281,17 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     return trained(student, method, seen, loss, parts, settings, more)[0]
 
 
-def _met(student: Tagger, protocol: Protocol, parts: Parts, settings: Settings) -> Run:
-    """Meta-structured distillation: as other methods, but for the quiz, which the student does without in training."""
+def _check_quiz(protocol: Protocol, parts: Parts) -> None:
+    """ValueError unless the method 'msd' can be trained."""
     if not 0 < protocol.quiz < len(parts.labelled):
         raise ValueError(f"quiz: expected some, not all, of {len(parts.labelled)} labelled sentences, got {protocol.quiz}")
     if protocol.temperature != 1:
         raise ValueError(f"temperature: expected 1 for msd, as in the paper, got {protocol.temperature}")
+
+
+def _met(student: Tagger, protocol: Protocol, parts: Parts, settings: Settings) -> Run:
+    """Meta-structured distillation: as other methods, but for the quiz, which the student (not the teacher) does without in training."""
+    _check_quiz(protocol, parts)
     teacher, _ = trained_teacher(protocol, parts, settings.seed)
     text = parts.labelled[: -protocol.quiz] + parts.transfer
     seen, quiz = teachers.with_teacher(student.encode(text), text, teacher), student.encode(parts.labelled[-protocol.quiz :])
@@ -345,6 +352,9 @@ def trained(
 def runs(methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts: Parts, show: bool = True) -> list[Run]:
     """Every method with every seed, one line printed for each; seeds outermost, so that a stopped study has whole rows."""
     done = []
+    methods = list(methods)
+    if "msd" in methods:
+        _check_quiz(protocol, parts)  # now, not after hours
     for seed in seeds:
         for method in methods:
             if method == "teacher" and protocol.one_teacher and seed != 0:
@@ -353,6 +363,17 @@ def runs(methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts
             if show:
                 print(line(done[-1], parts), flush=True)
     return done
+
+
+def sweep(
+    name: str, values: Sequence, methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts: Parts
+) -> pd.DataFrame:
+    """`table` of the methods for each value of one field of the protocol, which becomes a column."""
+    tables = []
+    for value in values:
+        found = runs(methods, seeds, replace(protocol, **{name: value}), parts, show=False)
+        tables.append(table(found, parts).assign(**{name: value}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def line(run: Run, parts: Parts) -> str:

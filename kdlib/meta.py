@@ -74,11 +74,11 @@ LESSONS: dict[
 
 @dataclass(frozen=True)
 class Meta:
-    """How the teacher learns. rate: mu of eq. 14, on a gradient brought to length 1, as lambda scales it arbitrarily: so it is how far the
-    teacher's weights go in an update; 0 leaves the teacher as it is. pilot_rate: lambda of eq. 13.
+    """How the teacher learns. rate: mu of eq. 14 at the start, falling straight to 0, on a gradient brought to length 1, as lambda scales
+    it arbitrarily: so it is how far the teacher's weights go in an update, however little there is to say. 0 leaves them where they are.
 
-    every: student's updates for one of the teacher's. anchor: weight of the gradient of the teacher's own NLL on the labelled sentences
-    of the batch, brought to length 1 too.
+    pilot_rate: lambda of eq. 13. every: student's updates for one of the teacher's. anchor: weight of the gradient of the teacher's own
+    NLL on the labelled sentences of the batch, brought to length 1 too.
     """
 
     rate: float = 0.002
@@ -96,7 +96,8 @@ class Meta:
         for name, value in (("every", self.every), ("quiz_batch", self.quiz_batch)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: expected a whole number, 1 or more, got {value!r}")
-        if not (0 <= self.rate < math.inf and 0 <= self.anchor < math.inf and 0 < self.pilot_rate < math.inf):
+        numbers = all(isinstance(value, (int, float)) for value in (self.rate, self.anchor, self.pilot_rate))
+        if not numbers or not (0 <= self.rate < math.inf and 0 <= self.anchor < math.inf and 0 < self.pilot_rate < math.inf):
             raise ValueError(f"expected a rate and an anchor of 0 or more and a pilot_rate above 0, got {self}")
 
 
@@ -113,8 +114,8 @@ def feedback(
 ) -> list[Tensor]:
     """[d L_NLL(quiz; theta_S') / d teacher, for its emissions [B, L, K] and for each parameter of its CRF]: eq. 14 but for its encoder.
 
-    Dropout is off on all sides, else the two sides of a central difference would be two students. The student keeps its weights, mode
-    and gradients. ValueError where `exact` meets an attention kernel that cannot be differentiated twice.
+    `teacher_crf` must want gradients. Dropout is off on all sides, else the two sides of a central difference would be two students. The
+    student keeps its weights, mode and gradients. ValueError where `exact` meets an attention kernel that cannot be differentiated twice.
     """
     given = [teacher.detach().requires_grad_(), *teacher_crf.parameters()]
     theta = {name: p.detach().requires_grad_() for name, p in student.named_parameters() if p.requires_grad}
@@ -125,7 +126,7 @@ def feedback(
     def examined(theta: Theta) -> Tensor:
         return _ask(student, theta, lambda model: losses.crf_nll(model.crf, model(quiz), quiz.tags, quiz.mask))
 
-    with _dropout_off(student):
+    with _dropout_off(student), torch.backends.cudnn.flags(enabled=False):  # whose LSTM has no gradient in eval mode
         if meta.way == "central":
             return central(theta, given, taught, examined, meta.pilot_rate)
         with twice_differentiable(student):
@@ -144,7 +145,10 @@ def central(theta: Theta, given: list[Tensor], taught: Asked, examined: Asked, r
     pilot = {name: p.detach().requires_grad_() for name, p in pilot.items()}
     v = _gradient(examined(pilot), pilot)
     del pilot  # as large as the student
-    step = STEP / torch.nn.utils.get_total_norm(v.values()).item()
+    length = torch.nn.utils.get_total_norm(v.values()).item()
+    if not length:  # a quiz without a mistake
+        return [torch.zeros_like(x) for x in given]
+    step = STEP / length
     still = {name: p.detach() for name, p in theta.items()}
     gap = taught(_moved(still, v, step)) - taught(_moved(still, v, -step))
     return list(torch.autograd.grad(-rate * gap / (2 * step), given, materialize_grads=True))
@@ -196,10 +200,7 @@ def twice_differentiable(student: Tagger) -> Iterator[None]:
             f"way 'exact': expected a student with 'eager' or 'sdpa' attention, which can be differentiated twice, got {kernel!r}; "
             "way 'central' takes any"
         )
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        torch.backends.cudnn.flags(enabled=False),
-    ):
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
         yield
 
 
@@ -208,7 +209,8 @@ class Feedback:
 
     The teacher is a copy; `quiz` are labelled sentences that no student trains on, carved out of train. With a rate of 0 the stored
     emissions of the batch stay what the teacher says: plain distillation, bit for bit. Checkpoints hold what `state_dict` returns.
-    ValueError for a quiz without gold labels, or unless teacher and student read the same word pieces.
+    It needs one process and full precision. ValueError for a quiz without gold labels, or unless teacher and student read the same word
+    pieces.
     """
 
     def __init__(self, teacher: Tagger, student: Tagger, quiz: Encoded, alpha: float, meta: Meta, seed: int = 0) -> None:
@@ -223,40 +225,47 @@ class Feedback:
 
     def __call__(self, model: Tagger, emissions: Tensor, batch: Batch, progress: float) -> Tensor:
         """L_MSD (eq. 12), by the teacher after its update."""
+        self.teacher.to(emissions.device)
         teacher = batch.teacher
         if self.meta.rate:
-            self.teacher.to(emissions.device)
+            room = self.teacher.encoder.max_pieces
+            if batch.pieces.shape[1] > room:
+                raise ValueError(
+                    f"expected a teacher that reads its student's {batch.pieces.shape[1]} pieces at once, got {room}"
+                )
             if self.seen % self.meta.every == 0:
-                self.learn(model, batch)
+                self.learn(model, batch, self.meta.rate * (1 - progress))
             with torch.no_grad():
                 teacher = self.teacher(batch)
         self.seen += 1
-        with _frozen(self.teacher.crf) as crf:
-            taught = LESSONS[self.meta.lesson][1](model.crf, emissions, crf, teacher, batch.mask)
+        taught = LESSONS[self.meta.lesson][1](model.crf, emissions, self.teacher.crf, teacher, batch.mask)
         gold = losses.labelled_nll(model.crf, emissions, batch.tags, batch.mask, batch.labelled)
         return losses.mix(gold, taught, self.alpha)
 
-    def learn(self, student: Tagger, batch: Batch) -> None:
-        """One update of the teacher: eq. 14."""
-        if batch.pieces.shape[1] > self.teacher.encoder.max_pieces:
-            raise ValueError(
-                f"expected a teacher that reads its student's {batch.pieces.shape[1]} pieces at once, got {self.teacher.encoder.max_pieces}"
-            )
-        emissions, parameters = self.teacher(batch), list(self.teacher.parameters())
-        quiz, crf = self._next_quiz().to(emissions.device), self.teacher.crf
-        heard = feedback(student, batch, quiz, crf, emissions, self.meta, self.alpha)
-        found = torch.autograd.grad(
-            [emissions, *crf.parameters()], parameters, heard, retain_graph=self.meta.anchor > 0, materialize_grads=True
-        )
-        pulls = [(1.0, found)]
-        if self.meta.anchor and bool(batch.labelled.any()):
-            own = losses.labelled_nll(crf, emissions, batch.tags, batch.mask, batch.labelled)
-            pulls.append((self.meta.anchor, torch.autograd.grad(own, parameters, materialize_grads=True)))
+    def learn(self, student: Tagger, batch: Batch, rate: float) -> None:
+        """One update of the teacher, `rate` long: eq. 14. FloatingPointError where its gradient is no number."""
+        crf, parameters = self.teacher.crf, list(self.teacher.parameters())
+        with torch.backends.cudnn.flags(enabled=False):
+            emissions = self.teacher(batch)
+            heard = feedback(student, batch, self._next_quiz().to(emissions.device), crf, emissions, self.meta, self.alpha)
+            pulls = [
+                (
+                    1.0,
+                    torch.autograd.grad(
+                        [emissions, *crf.parameters()], parameters, heard, self.meta.anchor > 0, materialize_grads=True
+                    ),
+                )
+            ]
+            if self.meta.anchor and bool(batch.labelled.any()):
+                own = losses.labelled_nll(crf, emissions, batch.tags, batch.mask, batch.labelled)
+                pulls.append((self.meta.anchor, torch.autograd.grad(own, parameters, materialize_grads=True)))
         with torch.no_grad():
             for weight, gradients in pulls:
                 length = torch.nn.utils.get_total_norm(gradients).item()
+                if not math.isfinite(length):
+                    raise FloatingPointError(f"the teacher's gradient is {length} after {self.seen} updates of its student")
                 if length:  # 0 with alpha = 1: no teacher is heard
-                    torch._foreach_add_(parameters, gradients, alpha=-self.meta.rate * weight / length)
+                    torch._foreach_add_(parameters, gradients, alpha=-rate * weight / length)
 
     def state_dict(self) -> dict:
         """All that changes."""
@@ -271,13 +280,3 @@ class Feedback:
         batches = math.ceil(len(self.quiz) / self.meta.quiz_batch)
         epoch, position = divmod(self.seen // self.meta.every, batches)
         return self.quiz.collate(order(self.quiz, self.meta.quiz_batch, self.seed + 1000 * epoch)[position])
-
-
-@contextlib.contextmanager
-def _frozen(crf: LinearChainCRF) -> Iterator[LinearChainCRF]:
-    """Held constant, which lets the fast recursion answer."""
-    crf.requires_grad_(False)
-    try:
-        yield crf
-    finally:
-        crf.requires_grad_(True)

@@ -34,6 +34,7 @@ COLOURS = {
     "posterior": "#d1495b",
     "structural": "#e0641c",
     "msd": "#8a4fbf",
+    "msd, teacher at rest": "#bfa0dd",
     "weighted top-k": "#b8860b",
     "multi-grained": "#2a8c7a",
     "sequence": "#e8a33d",

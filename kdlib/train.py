@@ -53,7 +53,12 @@ def fit(
     """
     if not data.lengths:
         raise ValueError("data: expected at least one sentence to learn from, got none")
+    learns = hasattr(loss, "state_dict")
+    if learns and settings.precision != "no":
+        raise ValueError(f"precision: expected 'no' for a loss that learns itself, got {settings.precision!r}")
     accelerator = Accelerator(mixed_precision=settings.precision)
+    if learns and accelerator.num_processes > 1:
+        raise ValueError(f"expected one process for a loss that learns itself, got {accelerator.num_processes}")
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(_groups(model, settings), weight_decay=settings.weight_decay, fused=True)
     wrapped, optimizer = accelerator.prepare(model, optimizer)

@@ -27,3 +27,6 @@ def test_every_row_is_measured_and_set_beside_the_plain_ones(tiny_folder, monkey
     table = costs.of_updates(protocol, parts, rounds=1, rows=rows).set_index("row")
     assert tuple(table.index) == rows and set(rows) < set(costs.ROWS) and (table["ms_per_update_p50"] > 0).all()
     assert table["time over stored"]["posterior"] == 1 == table["time over read anew"]["posterior, teacher read anew"]
+    for wrong in ({"rounds": 0}, {"rows": ("posterior",)}, {"rows": (*rows, "magic")}):
+        with pytest.raises(ValueError, match="expected rows of"):
+            costs.of_updates(protocol, parts, **wrong)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from kdlib import backbones, experiments, losses, meta, teachers
-from kdlib.data import Dataset
+from kdlib import backbones, experiments, losses, meta, teachers, train
+from kdlib.data import Dataset, Sentence
 from kdlib.experiments import Protocol
 from kdlib.labels import iob2_labels
 from kdlib.meta import Feedback, Meta
@@ -122,7 +122,7 @@ def test_the_quiz_gets_easier_along_the_teachers_update(pair, batches):
     loss = Feedback(teacher, student, quizzed, 0.0, Meta(rate=1e-2, pilot_rate=0.05, quiz_batch=3))
     before = after_one_step(student, teacher, teacher(batch).detach(), batch, quiz, "posterior", 0.0, 0.05)
     for _ in range(5):
-        loss.learn(student, batch)
+        loss.learn(student, batch, 1e-2)
     after = after_one_step(student, loss.teacher, loss.teacher(batch).detach(), batch, quiz, "posterior", 0.0, 0.05)
     assert after < before
     assert all(p.grad is None for p in teacher.parameters())  # the copy learns, not the teacher itself
@@ -134,7 +134,7 @@ def test_an_anchor_pulls_the_teacher_to_its_own_labels(pair, batches):
     for anchor in (0.0, 10.0):
         loss = Feedback(teacher, student, student.encode(SENTENCES[6:9]), 0.5, Meta(rate=1e-2, anchor=anchor))
         for _ in range(5):
-            loss.learn(student, batch)
+            loss.learn(student, batch, 1e-2)
         own.append(losses.labelled_nll(loss.teacher.crf, loss.teacher(batch), batch.tags, batch.mask, batch.labelled))
     assert own[1] < own[0]
 
@@ -142,7 +142,7 @@ def test_an_anchor_pulls_the_teacher_to_its_own_labels(pair, batches):
 def test_with_gold_alone_no_teacher_is_heard(pair, batches):
     (student, teacher), (batch, _) = pair, batches
     loss = Feedback(teacher, student, student.encode(SENTENCES[6:9]), 1.0, Meta(rate=1e-2))
-    loss.learn(student, batch)
+    loss.learn(student, batch, 1e-2)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), loss.teacher.parameters(), strict=True))
 
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused(pair):
     for wrong in ({"lesson": "top-k"}, {"way": "first order"}, {"every": 0}, {"quiz_batch": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             Meta(**wrong)
-    for wrong in ({"rate": -1.0}, {"pilot_rate": 0.0}, {"anchor": float("nan")}):
+    for wrong in ({"rate": -1.0}, {"rate": None}, {"pilot_rate": 0.0}, {"anchor": float("nan")}):
         with pytest.raises(ValueError, match="expected a rate and an anchor of 0 or more"):
             Meta(**wrong)
     for quiz in ([], [SENTENCES[0].without_labels()]):
@@ -214,10 +214,37 @@ def test_a_killed_run_ends_with_the_same_numbers(protocol, monkeypatch):
     assert again.predicted == whole.predicted
 
 
+@pytest.mark.parametrize("way", [meta.exact, meta.central])
+def test_a_quiz_that_asks_nothing_says_nothing(way):
+    s, t = torch.tensor([0.5, -1.0], requires_grad=True).unbind()
+    (found,) = way({"s": s}, [t], lambda theta: (theta["s"] - t) ** 2, lambda theta: theta["s"] * 0, 0.1)
+    assert found == 0
+
+
+def test_a_teacher_that_cannot_read_as_much_is_refused(pair):
+    student, teacher = pair
+    student.encoder.max_pieces = 100
+    long = [Sentence(("anna", *("paris",) * 40), ())]
+    loss = Feedback(teacher, student, student.encode(SENTENCES[:2]), 0.5, Meta())
+    batch = student.encode(long).collate([0])
+    with pytest.raises(ValueError, match="expected a teacher that reads its student's 43 pieces at once, got 24"):
+        loss(student, teacher(student.encode(SENTENCES[:1]).collate([0])), batch, 0.0)
+
+
+def test_a_loss_that_learns_needs_full_precision(pair):
+    student, teacher = pair
+    loss = Feedback(teacher, student, student.encode(SENTENCES[:2]), 0.5, Meta())
+    with pytest.raises(ValueError, match="precision: expected 'no' for a loss"):
+        train.fit(student, student.encode(SENTENCES[:4]), loss, dict, train.Settings(2, precision="bf16"))
+
+
 def test_msd_refuses_what_would_be_no_quiz(protocol):
     parts = experiments.divide(CORPUS, protocol)
     for quiz in (0, 8):
         with pytest.raises(ValueError, match="quiz: expected some, not all, of 8 labelled sentences"):
-            experiments.run("msd", 0, replace(protocol, quiz=quiz), parts)
+            experiments.runs(["posterior", "msd"], [0], replace(protocol, quiz=quiz), parts)
+    assert not (experiments.cache.folder() / "runs").exists()  # nothing was trained before it was refused
+    with pytest.raises(ValueError, match="meta: expected"):
+        replace(protocol, meta={"rate": 0.1})
     with pytest.raises(ValueError, match="temperature: expected 1 for msd"):
         experiments.run("msd", 0, replace(protocol, temperature=2.0), parts)
