@@ -63,9 +63,8 @@ def top_k(crf: LinearChainCRF, student: Tensor, teacher_crf: LinearChainCRF, tea
     return (crf.log_partition(student, mask) - (weights * taken).sum(1)).mean()
 
 
-LESSONS: dict[
-    str, tuple[Distils, Distils]
-] = {  # as the teacher hears it, and as the student does: gradients for the student are equal
+# As the teacher hears a lesson, and as its student does: the gradients for the student are equal.
+LESSONS: dict[str, tuple[Distils, Distils]] = {
     "posterior": (posterior, losses.posterior),
     "structural": (structural, losses.structural),
     "weighted top-k": (top_k, partial(losses.top_k, k=K, weighted=True)),
@@ -248,15 +247,9 @@ class Feedback:
         with torch.backends.cudnn.flags(enabled=False):
             emissions = self.teacher(batch)
             heard = feedback(student, batch, self._next_quiz().to(emissions.device), crf, emissions, self.meta, self.alpha)
-            pulls = [
-                (
-                    1.0,
-                    torch.autograd.grad(
-                        [emissions, *crf.parameters()], parameters, heard, self.meta.anchor > 0, materialize_grads=True
-                    ),
-                )
-            ]
-            if self.meta.anchor and bool(batch.labelled.any()):
+            given, anchored = [emissions, *crf.parameters()], self.meta.anchor > 0
+            pulls = [(1.0, torch.autograd.grad(given, parameters, heard, retain_graph=anchored, materialize_grads=True))]
+            if anchored and bool(batch.labelled.any()):
                 own = losses.labelled_nll(crf, emissions, batch.tags, batch.mask, batch.labelled)
                 pulls.append((self.meta.anchor, torch.autograd.grad(own, parameters, materialize_grads=True)))
         with torch.no_grad():
