@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kdlib import experiments, losses, teachers, train
+from kdlib import experiments, teachers, train
 from kdlib.experiments import Parts, Protocol
 from kdlib.meta import Feedback, Meta
 from kdlib.models import Tagger
@@ -115,10 +115,11 @@ def _loss(row: str, student: Tagger, teacher: Tagger, protocol: Protocol, parts:
         return experiments.objective(row, None if row in ALONE else teacher, protocol)
     at_hand = copy.deepcopy(teacher)  # counted as memory, as MSD's copy is
 
-    def read_anew(model: Tagger, emissions: torch.Tensor, batch: experiments.Batch, _: float) -> torch.Tensor:
+    plain = experiments.objective("posterior", at_hand, protocol)
+
+    def read_anew(model: Tagger, emissions: torch.Tensor, batch: experiments.Batch, progress: float) -> torch.Tensor:
         with torch.no_grad():
             said = at_hand.to(emissions.device)(batch)
-        gold = losses.labelled_nll(model.crf, emissions, batch.tags, batch.mask, batch.labelled)
-        return losses.mix(gold, losses.posterior(model.crf, emissions, at_hand.crf, said, batch.mask), protocol.alpha)
+        return plain(model, emissions, replace(batch, teacher=said), progress)
 
     return read_anew

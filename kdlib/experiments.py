@@ -265,7 +265,7 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     batch_size = protocol.student_batch or protocol.batch_size
     settings = Settings(protocol.student_steps, batch_size, RATES[protocol.student], seed=seed)
     if method == "msd":
-        return _met(student, protocol, parts, settings)
+        return _run_msd(student, protocol, parts, settings)
     if method == "student alone":
         loss, seen, more = objective(method, None, protocol), student.encode(parts.labelled), None
     else:
@@ -289,7 +289,7 @@ def _check_quiz(protocol: Protocol, parts: Parts) -> None:
         raise ValueError(f"temperature: expected 1 for msd, as in the paper, got {protocol.temperature}")
 
 
-def _met(student: Tagger, protocol: Protocol, parts: Parts, settings: Settings) -> Run:
+def _run_msd(student: Tagger, protocol: Protocol, parts: Parts, settings: Settings) -> Run:
     """Meta-structured distillation: as other methods, but for the quiz, which the student (not the teacher) does without in training."""
     _check_quiz(protocol, parts)
     teacher, _ = trained_teacher(protocol, parts, settings.seed)

@@ -100,11 +100,18 @@ class Meta:
             raise ValueError(f"expected a rate and an anchor of 0 or more and a pilot_rate above 0, got {self}")
 
 
-def lesson(student: Tagger, batch: Batch, teacher_crf: LinearChainCRF, teacher: Tensor, distils: Distils, alpha: float) -> Tensor:
-    """L_MSD = alpha L_NLL + (1 - alpha) L_KD (eq. 12), gold over the labelled sentences of the batch; teacher: its emissions [B, L, K]."""
-    emissions = student(batch)
-    taught = distils(student.crf, emissions, teacher_crf, teacher, batch.mask)
-    gold = losses.labelled_nll(student.crf, emissions, batch.tags, batch.mask, batch.labelled)
+def lesson(
+    crf: LinearChainCRF,
+    student: Tensor,
+    batch: Batch,
+    teacher_crf: LinearChainCRF,
+    teacher: Tensor,
+    distils: Distils,
+    alpha: float,
+) -> Tensor:
+    """L_MSD = alpha L_NLL + (1 - alpha) L_KD (eq. 12), gold over the labelled sentences of the batch; emissions [B, L, K] of both."""
+    taught = distils(crf, student, teacher_crf, teacher, batch.mask)
+    gold = losses.labelled_nll(crf, student, batch.tags, batch.mask, batch.labelled)
     return losses.mix(gold, taught, alpha)
 
 
@@ -120,12 +127,16 @@ def feedback(
     theta = {name: p.detach().requires_grad_() for name, p in student.named_parameters() if p.requires_grad}
 
     def taught(theta: Theta) -> Tensor:
-        return _ask(student, theta, lambda model: lesson(model, batch, teacher_crf, given[0], LESSONS[meta.lesson][0], alpha))
+        heard = LESSONS[meta.lesson][0]
+        return _ask(student, theta, lambda model: lesson(model.crf, model(batch), batch, teacher_crf, given[0], heard, alpha))
 
     def examined(theta: Theta) -> Tensor:
         return _ask(student, theta, lambda model: losses.crf_nll(model.crf, model(quiz), quiz.tags, quiz.mask))
 
-    with _dropout_off(student), torch.backends.cudnn.flags(enabled=False):  # whose LSTM has no gradient in eval mode
+    with (
+        _dropout_off(student),
+        torch.backends.cudnn.flags(enabled=False),
+    ):  # its LSTM has no gradient in eval mode, nor a second one
         if meta.way == "central":
             return central(theta, given, taught, examined, meta.pilot_rate)
         with twice_differentiable(student):
@@ -191,7 +202,7 @@ def _dropout_off(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def twice_differentiable(student: Tagger) -> Iterator[None]:
-    """Kernels whose gradient has a gradient: no fused attention, no fused LSTM. ValueError for a student that brings its own attention."""
+    """Attention whose gradient has a gradient, which no fused kernel has. ValueError for a student that brings its own attention."""
     config = getattr(getattr(student.encoder, "model", None), "config", None)
     kernel = getattr(config, "_attn_implementation", "eager")
     if kernel not in ("eager", "sdpa"):
@@ -199,7 +210,7 @@ def twice_differentiable(student: Tagger) -> Iterator[None]:
             f"way 'exact': expected a student with 'eager' or 'sdpa' attention, which can be differentiated twice, got {kernel!r}; "
             "way 'central' takes any"
         )
-    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+    with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
@@ -237,9 +248,7 @@ class Feedback:
             with torch.no_grad():
                 teacher = self.teacher(batch)
         self.seen += 1
-        taught = LESSONS[self.meta.lesson][1](model.crf, emissions, self.teacher.crf, teacher, batch.mask)
-        gold = losses.labelled_nll(model.crf, emissions, batch.tags, batch.mask, batch.labelled)
-        return losses.mix(gold, taught, self.alpha)
+        return lesson(model.crf, emissions, batch, self.teacher.crf, teacher, LESSONS[self.meta.lesson][1], self.alpha)
 
     def learn(self, student: Tagger, batch: Batch, rate: float) -> None:
         """One update of the teacher, `rate` long: eq. 14. FloatingPointError where its gradient is no number."""
