@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 
 from kdlib import experiments, teachers, train
-from kdlib.experiments import Parts, Protocol
+from kdlib.data import Parts
+from kdlib.experiments import Protocol
 from kdlib.meta import Feedback, Meta
 from kdlib.models import Tagger
 

@@ -32,6 +32,22 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """A data set as a study divides it; `transfer_gold` is seen by no one but a teacher that sees all."""
+
+    types: list[str]
+    labelled: list[Sentence]
+    transfer_gold: list[Sentence]
+    dev: list[Sentence]
+    test: list[Sentence]
+
+    @property
+    def transfer(self) -> list[Sentence]:
+        """The text for transfer, labels taken off."""
+        return [s.without_labels() for s in self.transfer_gold]
+
+
+@dataclass(frozen=True)
 class _Source:
     """Where a named data set lies: files under $KDLIB_DATA/<name>, or (repository, configuration) on the hub."""
 

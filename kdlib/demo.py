@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from kdlib import data, metrics
+from kdlib import data, labels, metrics
 from kdlib.data import Dataset, Sentence
 from kdlib.labels import Span
 
@@ -159,17 +159,15 @@ def _misspell(word: str, rng: random.Random) -> str:
     return word[:at] + word[at + 1] + word[at] + word[at + 2 :] if rng.random() < 0.5 else word[:at] + word[at + 1 :]
 
 
+@lru_cache
+def _confused() -> dict[str, list[str]]:
+    """By fine type, the types of other coarse ones."""
+    return {kind: [t for t in sorted(TO_COARSE) if TO_COARSE[t] != TO_COARSE.get(kind)] for kind in (*TO_COARSE, *_lists())}
+
+
 def spoil(labelled: Sentence, rng: random.Random) -> Sentence:
     """The sentence as a careless annotator labels it: types confused across the coarse ones, entities missed."""
-    types, spans = sorted(TO_COARSE), []
-    for span in labelled.spans:
-        chance = rng.random()
-        if chance < WRONG_TYPE:
-            others = [t for t in types if TO_COARSE[t] != TO_COARSE.get(span.type)]
-            spans.append(span._replace(type=rng.choice(others)))
-        elif chance >= WRONG_TYPE + MISSED:
-            spans.append(span)
-    return Sentence(labelled.tokens, tuple(spans))
+    return Sentence(labelled.tokens, labels.spoil(labelled.spans, _confused(), WRONG_TYPE, MISSED, rng))
 
 
 def generate(seed: int = 0) -> dict[str, list[Sentence]]:

@@ -1,25 +1,26 @@
-"""Methods x seeds -> the rows of a table, each trained once and remembered.
+"""Methods x seeds -> runs, each trained once and remembered; `reports` makes tables of them.
 
 The protocol that every notebook shares: a few sentences with labels, many more as plain text for transfer, a teacher, one student,
 one budget of updates, and methods that differ in nothing but their loss.
 """
 
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from kdlib import backbones, cache, labels, losses, metrics, teachers, train
+from kdlib import backbones, cache, labels, losses, metrics, reports, teachers, train
 from kdlib.batches import Batch, Encoded
 from kdlib.crf import LinearChainCRF
-from kdlib.data import Dataset, Sentence
+from kdlib.data import Dataset, Parts, Sentence
 from kdlib.labels import Span
 from kdlib.meta import Feedback, Meta
 from kdlib.models import Tagger
+from kdlib.reports import Run
 from kdlib.train import Settings
 
 GRAINS = {  # weights of the sequence, label and token grain; sequence alone is weighted top-k, token alone posterior
@@ -52,6 +53,7 @@ KNOBS = {  # method -> the fields of Protocol that its loss reads beside alpha
     "label + token": ("k", "temperature"),
 } | {name: ("k", "weight_temperature", "temperature") for name in ("multi-grained", "equal grains", "sequence + token")}
 METHODS = ("teacher", "student alone", "top-k", "posterior", "structural", "msd")  # the rows of the MSD paper's tables
+AT_REST = "msd, teacher at rest"  # msd's control: posterior distillation without the quiz's sentences
 RATES = {"transformer": 3e-4, "bilstm": 3e-3, "narrow bilstm": 3e-3, "deep bilstm": 5e-3}  # of the student's encoder
 RATES |= {f"transformer, {layers}": 3e-4 for layers in (4, 2, 1)}
 NUMBERS = 1  # raise it when a change to kdlib changes a trained model: results made before it are then trained again
@@ -122,22 +124,6 @@ class Protocol:
             raise ValueError(f"student: expected 'bilstm' over characters, whose encoder is one itself, got {self.student!r}")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A data set as a protocol divides it; `transfer_gold` is seen by no one but a teacher that sees all."""
-
-    types: list[str]
-    labelled: list[Sentence]
-    transfer_gold: list[Sentence]
-    dev: list[Sentence]
-    test: list[Sentence]
-
-    @property
-    def transfer(self) -> list[Sentence]:
-        """The text for transfer, labels taken off."""
-        return [s.without_labels() for s in self.transfer_gold]
-
-
 def divide(dataset: Dataset, protocol: Protocol) -> Parts:
     """The first `labelled` sentences of a fixed shuffle of train, the next `transfer` ones, and the first of dev and test."""
     with_gold = [s for s in dataset.train if s.spans is not None]
@@ -154,20 +140,20 @@ def divide(dataset: Dataset, protocol: Protocol) -> Parts:
     return Parts(dataset.types, shuffled[:cut], transfer, dev, test)
 
 
-@dataclass
-class Run:
-    """One trained model's results."""
+def with_noise(parts: Parts, share: float, clean: int = 0) -> Parts:
+    """The parts with so large a share of their training entities mislabelled, half of these missed; the last `clean` labelled sentences
+    are spared. ValueError for a share that is none."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"noise: expected a share from 0 to 1, got {share}")
+    rng = random.Random(0)
+    others = {kind: [t for t in parts.types if t != kind] for kind in parts.types}
 
-    method: str
-    seed: int
-    predicted: list[list[Span]]  # on test
-    history: list[dict]
-    parameters: int
-    train_seconds: float
+    def careless(s: Sentence) -> Sentence:
+        return s if s.spans is None else replace(s, spans=labels.spoil(s.spans, others, share / 2, share / 2, rng))
 
-    def counts(self, parts: Parts) -> np.ndarray:
-        """Right, predicted and gold entities per test sentence [n, 3]."""
-        return metrics.counts([s.spans for s in parts.test], self.predicted)
+    cut = len(parts.labelled) - clean
+    spoilt = [careless(s) for s in parts.labelled[:cut]] + parts.labelled[cut:]
+    return replace(parts, labelled=spoilt, transfer_gold=[careless(s) for s in parts.transfer_gold])
 
 
 def surrogate_temperature(method: str, protocol: Protocol) -> float | None:
@@ -256,11 +242,13 @@ def trained_teacher(protocol: Protocol, parts: Parts, seed: int) -> tuple[Tagger
 
 def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
     """Train the method with one seed, or read back what the same code made of the same data and settings before."""
-    known = ("teacher", "student alone", "msd", *KNOBS)
+    known = ("teacher", "student alone", "msd", AT_REST, *KNOBS)
     if method not in known:
         raise ValueError(f"method: expected one of {known}, got {method!r}")
     if method == "teacher":
         return trained_teacher(protocol, parts, seed)[1]
+    if method == AT_REST:
+        return replace(run("msd", seed, replace(protocol, meta=replace(protocol.meta, rate=0.0)), parts), method=method)
     student = new_student(protocol, parts, seed)
     batch_size = protocol.student_batch or protocol.batch_size
     settings = Settings(protocol.student_steps, batch_size, RATES[protocol.student], seed=seed)
@@ -353,7 +341,7 @@ def runs(methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts
     """Every method with every seed, one line printed for each; seeds outermost, so that a stopped study has whole rows."""
     done = []
     methods = list(methods)
-    if "msd" in methods:
+    if {"msd", AT_REST} & set(methods):
         _check_quiz(protocol, parts)  # now, not after hours
     for seed in seeds:
         for method in methods:
@@ -361,93 +349,19 @@ def runs(methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts
                 continue  # there is but one: a second row would be the same run again
             done.append(run(method, seed, protocol, parts))
             if show:
-                print(line(done[-1], parts), flush=True)
+                print(reports.line(done[-1], parts), flush=True)
     return done
 
 
 def sweep(
     name: str, values: Sequence, methods: Iterable[str], seeds: Iterable[int], protocol: Protocol, parts: Parts
 ) -> pd.DataFrame:
-    """`table` of the methods for each value of one field of the protocol, which becomes a column."""
+    """`reports.table` of the methods for each value of one field of the protocol, which becomes a column."""
     tables = []
     for value in values:
         found = runs(methods, seeds, replace(protocol, **{name: value}), parts, show=False)
-        tables.append(table(found, parts).assign(**{name: value}))
+        tables.append(reports.table(found, parts).assign(**{name: value}))
     return pd.concat(tables, ignore_index=True)
-
-
-def line(run: Run, parts: Parts) -> str:
-    """What to print of a run that has ended."""
-    scored = metrics.scores(parts.test, run.predicted)
-    return f"{run.method:14} seed {run.seed}: test F1 {scored['f1']:5.2f}  ({run.train_seconds:.0f} s)"
-
-
-def table(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
-    """One row a run: method, seed, precision, recall, f1, parameters, train_seconds; scores in percent."""
-    rows = []
-    for r in results:
-        scored = metrics.scores(parts.test, r.predicted)
-        rows.append(
-            {"method": r.method, "seed": r.seed}
-            | {name: round(scored[name], 3) for name in ("precision", "recall", "f1")}
-            | {"parameters": r.parameters, "train_seconds": round(r.train_seconds, 1)}
-        )
-    return pd.DataFrame(rows)
-
-
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Per method the mean over seeds, and the half-width of its 95 % interval, of f1; means of the other columns."""
-    out = []
-    for method, own in rows.groupby("method", sort=False):
-        mean, half = metrics.interval(own["f1"])
-        means = own[["precision", "recall", "parameters", "train_seconds"]].mean()
-        out.append({"method": method, "seeds": len(own), "f1": mean, "f1_half": half} | means.to_dict())
-    return pd.DataFrame(out).set_index("method")
-
-
-def closer_look(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
-    """Means over seeds, in percent: F1 as seqeval counts by default and strictly, agreement with the teacher, F1 of each type.
-
-    Agreement takes the entities of the run's own teacher as gold; NaN where that teacher is not among the results.
-    """
-    results = list(results)
-    teachers_of = {r.seed: r.predicted for r in results if r.method == "teacher"}
-    rows = []
-    for r in results:
-        teacher = teachers_of.get(r.seed, next(iter(teachers_of.values())) if len(teachers_of) == 1 else None)
-        kinds = metrics.per_type(parts.test, r.predicted)
-        rows.append(
-            {"method": r.method, "f1": kinds.pop("all")["f1"], "strict f1": metrics.scores(parts.test, r.predicted, True)["f1"]}
-            | {"agreement with teacher": float("nan") if teacher is None else metrics.agreement(r.predicted, teacher)}
-            | {kind: kinds[kind]["f1"] for kind in sorted(kinds)}
-        )
-    return pd.DataFrame(rows).groupby("method", sort=False).mean().reset_index()
-
-
-def compare(results: Sequence[Run], parts: Parts, baseline: str = "student alone") -> pd.DataFrame:
-    """F1 of each method minus the baseline's: `differences` of the runs' counts against gold."""
-    counted: dict[str, dict[int, np.ndarray]] = {}
-    for r in results:
-        counted.setdefault(r.method, {})[r.seed] = r.counts(parts)
-    return differences(counted, baseline)
-
-
-def differences(counted: Mapping[str, Mapping[int, np.ndarray]], baseline: str) -> pd.DataFrame:
-    """F1 of each method minus the baseline's, seed by seed, from counts [n, 3] by method and seed: how sure is it?
-
-    difference, low, high, p: paired bootstrap over test sentences, averaged over seeds. seeds_low, seeds_high: Student's t interval
-    of the differences per seed. The first asks whether other sentences would agree, the second whether other seeds would.
-    """
-    rows = []
-    for method, own in counted.items():
-        seeds = [seed for seed in own if seed in counted[baseline]]
-        if method == baseline or not seeds:
-            continue
-        ours, theirs = (np.stack([c[seed] for seed in seeds]) for c in (own, counted[baseline]))
-        mean, half = metrics.interval(metrics.f1(ours) - metrics.f1(theirs))
-        tested = metrics.paired_bootstrap(ours, theirs)
-        rows.append({"method": method, "against": baseline} | tested | {"seeds_low": mean - half, "seeds_high": mean + half})
-    return pd.DataFrame(rows)
 
 
 @torch.no_grad()

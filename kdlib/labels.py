@@ -4,7 +4,8 @@ A span is (start, end, type): word numbers, end exclusive. One reading serves ev
 and De Meulder 2003): an entity starts at B or S, after O, E or S, or where the type changes; so an I- without its B- starts one too.
 """
 
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -57,6 +58,20 @@ def to_iob2(spans: Iterable[Span], length: int) -> list[str]:
             raise ValueError(f"expected spans that do not overlap, got a second one over words [{start}, {end})")
         tags[start:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - start - 1)
     return tags
+
+
+def spoil(
+    spans: Iterable[Span], others: Mapping[str, Sequence[str]], wrong_type: float, missed: float, rng: random.Random
+) -> tuple[Span, ...]:
+    """The spans as a careless annotator sets them: a share with one of the `others` of their type, a share missed (if no other, both)."""
+    kept = []
+    for span in spans:
+        chance = rng.random()
+        if chance < wrong_type and others[span.type]:
+            kept.append(span._replace(type=rng.choice(others[span.type])))
+        elif chance >= wrong_type + missed:
+            kept.append(span)
+    return tuple(kept)
 
 
 def detect_scheme(sequences: Iterable[Sequence[str]]) -> str:

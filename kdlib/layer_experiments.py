@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from kdlib import backbones, cache, experiments, labels, losses, projection, teachers, train, vocabulary
+from kdlib import backbones, cache, experiments, labels, losses, projection, reports, teachers, train, vocabulary
 from kdlib.backbones import Backbone
 from kdlib.batches import Batch, in_turn
-from kdlib.experiments import Parts, Run
+from kdlib.data import Parts
 from kdlib.layers import layer_map, patient_map, watched
 from kdlib.models import Pupil, Tagger, classifier
+from kdlib.reports import Run
 from kdlib.train import Settings
 
 NUMBERS = 1  # raise it when a change to kdlib changes what these runs learn
@@ -355,5 +356,5 @@ def runs(methods: Iterable[str], seeds: Sequence[int], on: Ground, show: bool = 
             if method != "teacher" or seed == seeds[0]:
                 done.append(run(method, seed, on))
                 if show:
-                    print(experiments.line(done[-1], on.parts), flush=True)
+                    print(reports.line(done[-1], on.parts), flush=True)
     return done

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kdlib import backbones, cache, gliner_teacher, losses, metrics, train, twin_tower
 from kdlib.data import Dataset, Sentence
-from kdlib.experiments import NUMBERS, differences
+from kdlib.experiments import NUMBERS
 from kdlib.gliner_teacher import Answer, Recipe
 from kdlib.labels import Span
+from kdlib.reports import differences
 from kdlib.train import Settings
 from kdlib.twin_tower import OpenBatch, TwinTower
 
@@ -336,7 +337,7 @@ def _rounded(scored: dict[str, float]) -> dict[str, float]:
 
 
 def compare(results: Iterable[OpenRun], parts: OpenParts, answers: Answers, baseline: str = "hard student") -> pd.DataFrame:
-    """Entity F1 of each model minus the baseline's on all of test, against gold and against the teacher (`experiments.differences`)."""
+    """Entity F1 of each model minus the baseline's on all of test, against gold and against the teacher (`reports.differences`)."""
     results, found = list(results), []
     for name, reference in references(parts.test, answers).items():
         counted: dict[str, dict[int, np.ndarray]] = {}

@@ -152,7 +152,7 @@ def dots(axes: Axes, table: pd.DataFrame, value: str, order: Sequence[str]) -> N
 
 
 def differences(axes: Axes, compared: pd.DataFrame) -> None:
-    """`experiments.compare` as a forest plot: capped bars over test sentences, thin lines over seeds, 0 in black."""
+    """`reports.compare` as a forest plot: capped bars over test sentences, thin lines over seeds, 0 in black."""
     axes.axvline(0, color="black", linewidth=0.8)
     for place, row in enumerate(compared[::-1].itertuples()):
         colour = COLOURS.get(row.method, "#333333")

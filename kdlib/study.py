@@ -21,7 +21,7 @@ import yaml
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
-from kdlib import cache, experiments, metrics, plots
+from kdlib import cache, metrics, plots, reports
 from kdlib.data import NAMES, ROOT, locate
 
 BUILD = ROOT / "build"
@@ -165,7 +165,7 @@ def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list
 def readme_table(csv: Path) -> str:
     """A table of runs as the README shows it: one row a method or model, mean over seeds and half-width of the 95 % interval."""
     runs = pd.read_csv(csv)
-    return _reference_table(runs) if "reference" in runs else _method_table(experiments.summary(runs))
+    return _reference_table(runs) if "reference" in runs else _method_table(reports.summary(runs))
 
 
 def _method_table(rows: pd.DataFrame) -> str:

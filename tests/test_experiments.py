@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import SENTENCES
 
-from kdlib import backbones, cache, experiments, losses, train
+from kdlib import backbones, cache, data, experiments, losses, reports, train
 from kdlib.data import Dataset, Sentence
 from kdlib.experiments import METHODS, Protocol
+from kdlib.labels import Span
 from kdlib.surrogates import surrogate_labels
 
 CORPUS = Dataset("tiny", list(SENTENCES), list(SENTENCES[:8]), list(SENTENCES[:8]))
@@ -34,6 +35,21 @@ def test_the_parts_do_not_overlap_and_transfer_has_no_labels(protocol, parts):
     for wrong in ({"labelled": 17}, {"transfer": 11}):
         with pytest.raises(ValueError, match="expected at most 16 labelled"):
             experiments.divide(CORPUS, replace(protocol, **wrong))
+
+
+def test_noise_spoils_the_share_it_claims_of_training_alone():
+    gold = Sentence(("a", "b", "c"), (Span(0, 1, "X"), Span(1, 3, "Y")))
+    parts = data.Parts(["X", "Y"], [gold] * 1000, [gold] * 1000, [gold], [gold])
+    noisy = experiments.with_noise(parts, 0.3, clean=100)
+    assert noisy.labelled[900:] == [gold] * 100 and (noisy.dev, noisy.test) == (parts.dev, parts.test)
+    spans = [s for sentences in (noisy.labelled[:900], noisy.transfer_gold) for x in sentences for s in x.spans]
+    kept = sum(s in gold.spans for s in spans) / 3800
+    assert abs(kept - 0.7) < 0.02 and abs(len(spans) / 3800 - 0.85) < 0.02  # half of the mislabelled are missed
+    assert experiments.with_noise(parts, 0.3, clean=100) == noisy and experiments.with_noise(parts, 0.0) == parts
+    only = replace(parts, types=["Y"], transfer_gold=[], labelled=[Sentence(("a",), (Span(0, 1, "Y"),))] * 9)
+    assert {s.spans for s in experiments.with_noise(only, 1.0).labelled} == {()}  # where there is no other type, missed
+    with pytest.raises(ValueError, match="noise: expected a share"):
+        experiments.with_noise(parts, 1.5)
 
 
 def test_unknown_choices_are_refused(protocol, parts):
@@ -128,7 +144,7 @@ def test_one_teacher_serves_every_seed(protocol, parts):
     weights = [experiments.trained_teacher(shared, parts, seed)[0].output.weight for seed in (0, 1)]
     assert weights[0].equal(weights[1])
     assert not experiments.trained_teacher(protocol, parts, 1)[0].output.weight.equal(weights[0])
-    rows = experiments.table(experiments.runs(["teacher", "student alone"], [0, 1], shared, parts), parts)
+    rows = reports.table(experiments.runs(["teacher", "student alone"], [0, 1], shared, parts), parts)
     assert list(zip(rows["method"], rows["seed"], strict=True)) == [("teacher", 0), ("student alone", 0), ("student alone", 1)]
 
 
@@ -233,15 +249,15 @@ def test_the_deep_student_sees_upper_case_and_its_teacher_need_not(protocol, par
 def test_tables(protocol, parts, capsys):
     results = experiments.runs(["teacher", "student alone", "top-k", "weighted top-k"], [0, 1], protocol, parts)
     assert capsys.readouterr().out.count("test F1") == 8
-    rows = experiments.table(results, parts)
+    rows = reports.table(results, parts)
     assert list(rows) == ["method", "seed", "precision", "recall", "f1", "parameters", "train_seconds"] and len(rows) == 8
-    summary = experiments.summary(rows)
+    summary = reports.summary(rows)
     assert summary.loc["top-k", "f1"] == pytest.approx(rows[rows["method"] == "top-k"]["f1"].mean())
-    compared = experiments.compare(results, parts)
+    compared = reports.compare(results, parts)
     assert list(compared["method"]) == ["teacher", "top-k", "weighted top-k"]
     expected = summary.loc["top-k", "f1"] - summary.loc["student alone", "f1"]
     assert compared.set_index("method").loc["top-k", "difference"] == pytest.approx(expected, abs=1e-2)
-    closer = experiments.closer_look(results, parts).set_index("method")
+    closer = reports.closer_look(results, parts).set_index("method")
     assert closer.loc["teacher", "agreement with teacher"] in (0.0, 100.0)  # 0 if it found no entity at all
     assert closer["f1"].tolist() == pytest.approx(closer["strict f1"].tolist())
     assert closer["f1"].tolist() == pytest.approx(summary["f1"].tolist(), abs=1e-3)
