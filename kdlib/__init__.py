@@ -14,7 +14,8 @@ Read it the way data flows; a module imports only modules that stand before it:
     metrics      scores, intervals, paired tests        gliner_teacher  a GLiNER, loaded or trained, and its soft labels
     train        fit(): one loop for every model and loss
     meta         a teacher that learns from its student's quiz
-    experiments  CRF methods x seeds -> a table         open_experiments  GLiNER -> LSTM: both protocols, both references
+    reports      tables of runs, paired differences
+    experiments  CRF methods x seeds -> runs            open_experiments  GLiNER -> LSTM: both protocols, both references
     layer_experiments  adaptive distillation, its baselines and stages
     plots        figures and tables on disk             study        the notebooks, in batch
     speed        milliseconds, taken in turns           costs        milliseconds and memory of an update, by method
