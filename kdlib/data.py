@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,11 @@ SOURCES = {
 OPEN = {"gliner": ("gliner/medical", None), "pile-mistral": ("pile-mistral", "urchade/pile-mistral-v0.1")}  # folder, hub name
 NAMES = ("demo", "demo-fine", *SOURCES, *OPEN)
 LONGEST = 80  # words kept of a passage with open types
+
+
+def printable(name: str, words: Sequence[str]) -> list[str]:
+    """The words, or their places alone if they are a named corpus's: its terms let none of its text into a figure."""
+    return [str(i) for i in range(1, len(words) + 1)] if name in (*SOURCES, *OPEN) else list(words)
 
 
 def load(name: str) -> Dataset:

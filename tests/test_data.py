@@ -253,3 +253,8 @@ def test_passages_are_tidied():
 def test_words_of_any_script_stay_whole_with_their_marks():
     text = "Jose\u0301 e-mailed हिन्दी 👩\u200d👩\u200d👧, 東京!\x1f"
     assert WORD.findall(text) == ["Jose\u0301", "e-mailed", "हिन्दी", "👩\u200d👩\u200d👧", ",", "東京", "!"]
+
+
+def test_words_of_named_corpora_stay_out_of_figures():
+    assert data.printable("conll2003", ("New", "York")) == data.printable("gliner", ("New", "York")) == ["1", "2"]
+    assert data.printable("demo", ("New", "York")) == data.printable("my/folder", ("New", "York")) == ["New", "York"]
