@@ -82,7 +82,8 @@ class Protocol:
     them; 'bilstm' reads with the encoder's embeddings, reduced by PCA, and 'narrow bilstm' is half as wide; 'deep bilstm' has two
     layers and sees the case of letters, which an uncased encoder drops.
     batch_size: sentences an update, the teacher's and the student's; student_batch, if not 0, is the student's own.
-    quiz: the last so many labelled sentences examine the method 'msd', whose student does not train on them; meta: how its teacher learns.
+    quiz: the last so many labelled sentences examine the method 'msd', whose student does not train on them; meta: how its teacher learns. It
+    knows no temperature but 1.
     """
 
     dataset: str = "demo"
@@ -270,11 +271,9 @@ def run(method: str, seed: int, protocol: Protocol, parts: Parts) -> Run:
 
 
 def _check_quiz(protocol: Protocol, parts: Parts) -> None:
-    """ValueError unless the method 'msd' can be trained."""
+    """ValueError unless there is a quiz for the method 'msd', and something left to learn from."""
     if not 0 < protocol.quiz < len(parts.labelled):
         raise ValueError(f"quiz: expected some, not all, of {len(parts.labelled)} labelled sentences, got {protocol.quiz}")
-    if protocol.temperature != 1:
-        raise ValueError(f"temperature: expected 1 for msd, as in the paper, got {protocol.temperature}")
 
 
 def _run_msd(student: Tagger, protocol: Protocol, parts: Parts, settings: Settings) -> Run:

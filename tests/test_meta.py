@@ -246,5 +246,3 @@ def test_msd_refuses_what_would_be_no_quiz(protocol):
     assert not (experiments.cache.folder() / "runs").exists()  # nothing was trained before it was refused
     with pytest.raises(ValueError, match="meta: expected"):
         replace(protocol, meta={"rate": 0.1})
-    with pytest.raises(ValueError, match="temperature: expected 1 for msd"):
-        experiments.run("msd", 0, replace(protocol, temperature=2.0), parts)
