@@ -198,7 +198,7 @@ def heat(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[
     """A small matrix of numbers within [-1, 1], written in the cells; `signed` centres the colours on 0."""
     values, bound = np.asarray(values, dtype=float).round(2) + 0.0, 1.0  # + 0.0 turns -0.0 into 0.0
     axes.imshow(values, cmap="RdBu_r" if signed else "Blues", vmin=-bound if signed else 0, vmax=bound, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 8 else 0)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title)
     axes.grid(False)
