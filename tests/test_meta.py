@@ -186,6 +186,7 @@ def test_a_frozen_teacher_is_plain_distillation_bit_for_bit(protocol):
     )
     assert [h["loss"] for h in frozen.history] == [h["loss"] for h in plain.history]
     assert frozen.predicted == plain.predicted
+    assert experiments.run(experiments.AT_REST, 0, protocol, parts) == replace(frozen, method=experiments.AT_REST)
     moving = experiments.run("msd", 0, replace(protocol, meta=Meta(rate=0.5)), parts)
     assert [h["loss"] for h in moving.history] != [h["loss"] for h in plain.history]
     assert all("teacher_dev_f1" in h for h in moving.history)
