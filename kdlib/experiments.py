@@ -83,7 +83,7 @@ class Protocol:
     layers and sees the case of letters, which an uncased encoder drops.
     batch_size: sentences an update, the teacher's and the student's; student_batch, if not 0, is the student's own.
     quiz: the last so many labelled sentences examine the method 'msd', whose student does not train on them; meta: how its teacher learns.
-    It knows no temperature but 1.
+    'msd' knows no temperature but 1.
     """
 
     dataset: str = "demo"
