@@ -1,30 +1,44 @@
 """From words to tensors: word pieces, batches of like length, padding.
 
-Everything a model is asked about is a word: the vector of a word is that of its first word piece. A sentence of more pieces than
-the encoder takes is read in several windows, cut between words, and put together again before the CRF sees it: no word is lost.
+Everything a model is asked about is a word: the vector of a word is that of its first word piece. A
+sentence of more pieces than the encoder takes is read in several windows, cut between words, and
+put together again before the CRF sees it: no word is lost.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from kdlib.data import Sentence
-from kdlib.layers import Layers
-from kdlib.surrogates import Surrogates
+from kdlib.losses import Surrogates
+from kdlib.text.tags import Sentence
+
+
+class Layers(NamedTuple):
+    """scores[m] [N, H, P, P]: Q K^T / sqrt(d) of layer m = 1 to M, padding not masked; hidden[m]
+    [N, P, D]: its output, m = 0 its input."""
+
+    scores: dict[int, Tensor]
+    hidden: dict[int, Tensor]
+
+    def to(self, device: torch.device | str) -> "Layers":
+        """The same on another device."""
+        return Layers(*({m: x.to(device) for m, x in part.items()} for part in self))
 
 
 @dataclass
 class Batch:
     """B sentences: word pieces in N >= B windows, and for every word where its first piece lies.
 
-    pieces, piece_mask [N, P]; first [B, L], an index into the N * P pieces; mask [B, L]; tags [B, L] (0 on padding and where
-    unlabelled); labelled [B]; teacher [B, L, K] emissions, where a teacher was asked; surrogates, its k best paths, and layers,
-    what its layers hold on the N windows, likewise; shapes [N, P], the letter case of the pieces' words, for a model that reads it.
+    pieces, piece_mask [N, P]; first [B, L], an index into the N * P pieces; mask [B, L]; tags [B,
+    L] (0 on padding and where unlabelled); labelled [B]; teacher [B, L, K] emissions, where a
+    teacher was asked; surrogates, its k best paths, and layers, what its layers hold on the N
+    windows, likewise; shapes [N, P], the letter case of the pieces' words, for a model that reads
+    it.
     """
 
     pieces: Tensor
@@ -51,7 +65,8 @@ class Collates(Protocol):
 
 
 class Rows(Collates, Protocol):
-    """What training needs of sentences as numbers: any of them as a batch, and how many words each has."""
+    """What training needs of sentences as numbers: any of them as a batch, and how many words each
+    has."""
 
     @property
     def lengths(self) -> list[int]:
@@ -69,7 +84,9 @@ class Encoded:
     labels: list[str]
     teacher: list[Tensor] | None = None
     surrogates: list[Surrogates] | None = None
-    shapes: list[list[list[int]]] | None = None  # as windows: of each piece its word's, for a model that reads them
+    shapes: list[list[list[int]]] | None = (
+        None  # as windows: of each piece its word's, for a model that reads them
+    )
     layers: Collates | None = None  # what a teacher's layers hold on the windows
 
     def __len__(self) -> int:
@@ -81,8 +98,9 @@ class Encoded:
         return [len(first) for first in self.firsts]
 
     def content(self) -> list:
-        """What a digest needs to know these sentences."""
-        return [self.windows, self.firsts, self.tags, self.labels, *([self.shapes] if self.shapes else [])]
+        """All that a batch is made of, for a digest; layers by their own `key`."""
+        made_of = [getattr(self, f.name) for f in fields(self) if f.name != "layers"]
+        return [*made_of, self.layers and self.layers.key]
 
     def collate(self, rows: Sequence[int]) -> Batch:
         """The given sentences as one padded batch."""
@@ -90,10 +108,15 @@ class Encoded:
         width, length = max(map(len, windows)), max(len(self.firsts[r]) for r in rows)
         pieces = torch.tensor([w + [self.pad] * (width - len(w)) for w in windows])
         sizes = torch.tensor([len(w) for w in windows])
-        first, tags = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+        first, tags = (
+            torch.zeros(len(rows), length, dtype=torch.long),
+            torch.zeros(len(rows), length, dtype=torch.long),
+        )
         offset = 0
         for i, r in enumerate(rows):
-            first[i, : len(self.firsts[r])] = torch.tensor([(offset + w) * width + p for w, p in self.firsts[r]])
+            first[i, : len(self.firsts[r])] = torch.tensor(
+                [(offset + w) * width + p for w, p in self.firsts[r]]
+            )
             tags[i, : len(self.tags[r] or ())] = torch.tensor(self.tags[r] or (), dtype=torch.long)
             offset += len(self.windows[r])
         return Batch(
@@ -105,13 +128,15 @@ class Encoded:
             torch.tensor([self.tags[r] is not None for r in rows]),
             self.teacher and pad_sequence([self.teacher[r] for r in rows], batch_first=True),
             self.surrogates and _padded([self.surrogates[r] for r in rows]),
-            self.shapes and torch.tensor([w + [0] * (width - len(w)) for r in rows for w in self.shapes[r]]),
+            self.shapes
+            and torch.tensor([w + [0] * (width - len(w)) for r in rows for w in self.shapes[r]]),
             self.layers and self.layers.collate(rows),
         )
 
 
 def _padded(surrogates: Sequence[Surrogates]) -> Surrogates:
-    return Surrogates(*(pad_sequence(own, batch_first=True) for own in zip(*surrogates, strict=True)))
+    own = zip(*surrogates, strict=True)
+    return Surrogates(*(pad_sequence(part, batch_first=True) for part in own))
 
 
 def encode(
@@ -121,10 +146,12 @@ def encode(
     max_pieces: int = 512,
     with_shapes: bool = False,
 ) -> Encoded:
-    """Word pieces and label numbers of every sentence, `with_shapes` each piece's `shape`; ValueError for a tag not among `labels`.
+    """Word pieces and label numbers of every sentence, `with_shapes` each piece's `shape`;
+    ValueError for a tag not among `labels`.
 
-    A word the tokenizer finds nothing in (a lone control character) is read as the unknown piece; of a single word longer than a
-    whole window only the beginning is read, and the word is still predicted.
+    A word the tokenizer finds nothing in (a lone control character) is read as the unknown piece;
+    of a single word longer than a whole window only the beginning is read, and the word is still
+    predicted.
     """
     number = {label: k for k, label in enumerate(labels)}
 
@@ -132,7 +159,8 @@ def encode(
     room = max_pieces - len(before) - len(after)
     if room < 1:
         raise ValueError(
-            f"max_pieces: expected room for a word beside {len(before) + len(after)} special pieces, got {max_pieces}"
+            f"max_pieces: expected room for a word beside {len(before) + len(after)} special "
+            f"pieces, got {max_pieces}"
         )
     windows, firsts, tags, shapes = [], [], [], []
     for sentence in sentences:
@@ -149,15 +177,25 @@ def encode(
         windows.append([before + c + after for c in cut])
         shapes.append([[0] * len(before) + s + [0] * len(after) for s in shaped])
         firsts.append(where)
-        unknown = {t for t in sentence.tags if t not in number} if sentence.spans is not None else ()
+        unknown = (
+            {t for t in sentence.tags if t not in number} if sentence.spans is not None else ()
+        )
         if unknown:
             raise ValueError(f"expected tags among {list(labels)}, got {sorted(unknown)}")
         tags.append([number[t] for t in sentence.tags] if sentence.spans is not None else None)
-    return Encoded(windows, firsts, tags, tokenizer.pad_token_id, list(labels), shapes=shapes if with_shapes else None)
+    return Encoded(
+        windows,
+        firsts,
+        tags,
+        tokenizer.pad_token_id,
+        list(labels),
+        shapes=shapes if with_shapes else None,
+    )
 
 
 def shape(word: str) -> int:
-    """What an uncased tokenizer drops: 1 no letters, 2 lower case, 3 Title, 4 UPPER, 5 one capital, 6 mIxed, 7 letters and digits."""
+    """What an uncased tokenizer drops: 1 no letters, 2 lower case, 3 Title, 4 UPPER, 5 one capital,
+    6 mIxed, 7 letters and digits."""
     letters = [c for c in word if c.isalpha()]
     if any(c.isdigit() for c in word) or not letters:
         return 7 if letters else 1
@@ -179,7 +217,13 @@ def _special_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def _word_pieces(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False, truncation=False, verbose=False)
+    encoded = tokenizer(
+        list(words),
+        is_split_into_words=True,
+        add_special_tokens=False,
+        truncation=False,
+        verbose=False,
+    )
     pieces: list[list[int]] = [[] for _ in words]
     for piece, word in zip(encoded["input_ids"], encoded.word_ids(), strict=True):
         pieces[word].append(piece)
@@ -187,7 +231,8 @@ def _word_pieces(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def order(data: Rows, size: int, seed: int) -> list[list[int]]:
-    """Rows in batches of `size` sentences: shuffled by `seed`, sentences of like length together, batches shuffled again."""
+    """Rows in batches of `size` sentences: shuffled by `seed`, sentences of like length together,
+    batches shuffled again."""
     lengths, generator = data.lengths, torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(lengths), generator=generator).tolist()
     pool = 50 * size

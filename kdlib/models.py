@@ -1,52 +1,242 @@
-"""The tagger that every CRF method shares: encoder -> one vector a word -> emissions -> CRF. The other model is `TwinTower`."""
+"""Encoders, and the tagger over any of them: encoder -> one vector a word -> emissions -> CRF.
 
+An encoder maps word pieces [N, P] and their mask [N, P] to vectors [N, P, `width`]. `watched` shows
+what the layers of one hold while it reads. The other model is `twin_tower.TwinTower`.
+"""
+
+import contextlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from kdlib import backbones
-from kdlib.batches import Batch, Encoded, encode, in_turn
-from kdlib.cache import saving
-from kdlib.crf import LinearChainCRF
-from kdlib.data import Sentence
-from kdlib.labels import Span, legal_iob2, to_spans
-from kdlib.layers import Layers, watched
-from kdlib.twin_tower import TwinTower
+from kdlib.batches import Batch, Encoded, Layers, encode, in_turn
+from kdlib.crf import Chain, LinearChainCRF, legal_iob2, reversed_rows
+from kdlib.text.files import saving
+from kdlib.text.tags import Sentence, Span, to_spans
 
-__all__ = ["Pupil", "Tagger", "TwinTower", "classifier"]
+
+class Transformer(nn.Module):
+    """A Hugging Face encoder: pieces in, last hidden states out."""
+
+    kind, reads_shapes = "transformer", False
+
+    def __init__(self, model: transformers.PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        reserved = (
+            config.pad_token_id + 1 if "roberta" in config.model_type else 0
+        )  # its positions start after the padding's
+        self.width, self.max_pieces = config.hidden_size, config.max_position_embeddings - reserved
+
+    def forward(self, pieces: Tensor, piece_mask: Tensor) -> Tensor:
+        """[N, P] -> [N, P, width]."""
+        return self.model(input_ids=pieces, attention_mask=piece_mask.long()).last_hidden_state
+
+    def config(self) -> dict:
+        """What `build` needs to make an encoder of this shape."""
+        return self.model.config.to_dict()
+
+
+class BiLstm(nn.Module):
+    """Embedding -> bidirectional LSTM over word pieces; no limit to their number. With `shapes`
+    each piece knows its word's letter case, as 16 numbers beside its embedding.
+    """
+
+    kind = "lstm"
+
+    def __init__(
+        self,
+        vocabulary: int,
+        embedding: int,
+        hidden: int,
+        layers: int = 1,
+        dropout: float = 0.3,
+        shapes: bool = False,
+    ) -> None:
+        super().__init__()
+        self._config = {
+            "vocabulary": vocabulary,
+            "embedding": embedding,
+            "hidden": hidden,
+            "layers": layers,
+            "dropout": dropout,
+        }
+        self._config |= {"shapes": True} if shapes else {}
+        self.reads_shapes = shapes
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        if shapes:
+            self.shape = nn.Embedding(8, 16)
+            embedding += 16
+        self.dropout = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True, bidirectional=True)
+        self.width, self.max_pieces = 2 * hidden, 100_000
+
+    def forward(self, pieces: Tensor, piece_mask: Tensor, shapes: Tensor | None = None) -> Tensor:
+        """[N, P] -> [N, P, width]; padding does not reach the backward direction."""
+        read = self.embedding(pieces)
+        if self.reads_shapes:
+            if shapes is None:
+                raise ValueError(
+                    "expected the shapes of the words (encode with this model), got none"
+                )
+            read = torch.cat([read, self.shape(shapes)], -1)
+        out, lengths = self.dropout(read), piece_mask.sum(1)
+        for layer in range(self.lstm.num_layers):
+            backwards = self._direction(f"l{layer}_reverse", reversed_rows(out, lengths))
+            forwards = self._direction(f"l{layer}", out)
+            out = torch.cat([forwards, reversed_rows(backwards, lengths)], -1)
+        return self.dropout(out)
+
+    def _direction(self, name: str, x: Tensor) -> Tensor:
+        """One direction of one layer, [N, P, .] -> [N, P, hidden]: on a CPU twice as fast as
+        nn.LSTM on packed sequences."""
+        start = x.new_zeros(1, len(x), self.lstm.hidden_size)
+        weights = [
+            getattr(self.lstm, f"{part}_{name}")
+            for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        return torch.lstm(x, (start, start), weights, True, 1, 0.0, self.training, False, True)[0]
+
+    def config(self) -> dict:
+        """What `build` needs to make an encoder of this shape."""
+        return self._config
+
+
+def build(kind: str, config: dict) -> nn.Module:
+    """An encoder of a given shape with random weights; the inverse of `kind` and `config()`."""
+    if kind == "lstm":
+        return BiLstm(**config)
+    config = AutoConfig.for_model(**config)
+    pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta") else {}
+    return Transformer(AutoModel.from_config(config, **pooler))
+
+
+def stack(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """The layers, in order, of a BERT-like (`encoder.layer`) or DistilBERT-like
+    (`transformer.layer`) model."""
+    for part in ("encoder", "transformer"):
+        if hasattr(getattr(model, part, None), "layer"):
+            return getattr(model, part).layer
+    raise ValueError(
+        f"expected a BERT-like encoder with a stack of layers, got {type(model).__name__}"
+    )
+
+
+@contextlib.contextmanager
+def watched(encoder: nn.Module) -> Iterator[Layers]:
+    """What the layers hold in the latest forward pass inside the block; ValueError for an encoder
+    without attention."""
+    if not isinstance(encoder, Transformer):
+        raise ValueError(
+            f"expected a Transformer, whose layers can be compared, got {type(encoder).__name__}"
+        )
+    heads, found = encoder.model.config.num_attention_heads, Layers({}, {})
+    hooks = []
+    for m, layer in enumerate(stack(encoder.model), 1):
+        query, key = _projections(layer)
+        held: dict[str, Tensor] = {}
+
+        def on_query(module, inputs, out, held=held):
+            held["query"] = out
+
+        def on_key(module, inputs, out, held=held, m=m):
+            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (held.pop("query"), out))
+            found.scores[m] = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+
+        def before(module, inputs, named, m=m):
+            found.hidden[m - 1] = inputs[0] if inputs else named["hidden_states"]
+
+        def after(module, inputs, out, m=m):
+            found.hidden[m] = out[0] if isinstance(out, tuple) else out
+
+        hooks += [
+            query.register_forward_hook(on_query),
+            key.register_forward_hook(on_key),
+            layer.register_forward_hook(after),
+        ]
+        hooks += [layer.register_forward_pre_hook(before, with_kwargs=True)] if m == 1 else []
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _projections(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Query and key of a BERT-like (`attention.self`) or DistilBERT-like (`attention`) layer."""
+    attention = layer.attention
+    if hasattr(attention, "self"):
+        attention, names = attention.self, ("query", "key")
+    else:
+        names = ("q_lin", "k_lin")
+    if not all(hasattr(attention, name) for name in names):
+        raise ValueError(
+            "expected an encoder with BERT's or DistilBERT's attention, got "
+            f"{type(attention).__name__}"
+        )
+    return getattr(attention, names[0]), getattr(attention, names[1])
 
 
 class Tagger(nn.Module):
-    """A CRF tagger over any encoder of `backbones`; `labels` are IOB2, and only legal IOB2 is ever predicted."""
+    """A CRF tagger over any encoder; `labels` are IOB2, and only legal IOB2 is ever predicted.
+
+    `softmax` holds the chain at 0: a softmax per word, of which the best legal sequence is taken.
+    """
+
+    asks = False  # it finds the types it was made for; a TwinTower must be asked for some
 
     def __init__(
-        self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], dropout: float = 0.1
+        self,
+        encoder: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        dropout: float = 0.1,
+        softmax: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.tokenizer, self.labels = encoder, tokenizer, list(labels)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(encoder.width, len(labels))
-        self.crf = LinearChainCRF(len(labels), legal_iob2(labels))
+        self.crf, self.softmax = LinearChainCRF(len(labels), legal_iob2(labels)), softmax
+        if softmax:
+            for parameter in self.crf.requires_grad_(False).parameters():
+                parameter.zero_()
 
     def forward(self, batch: Batch) -> Tensor:
         """Emissions [B, L, K]: each word's label scores, read off its first word piece."""
-        hidden = self.encoder(batch.pieces, batch.piece_mask, *([batch.shapes] if self.encoder.reads_shapes else []))
-        words = hidden.flatten(0, 1)[batch.first]
+        shapes = [batch.shapes] if self.encoder.reads_shapes else []
+        words = self.encoder(batch.pieces, batch.piece_mask, *shapes).flatten(0, 1)[batch.first]
         return self.output(self.dropout(words))
+
+    def chain(self, emissions: Tensor) -> Chain:
+        """This model's side of a comparison."""
+        return Chain(self.crf, emissions, self.softmax)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by the rate it asks for: encoder, output, crf."""
+        return {
+            name: list(getattr(self, name).parameters()) for name in ("encoder", "output", "crf")
+        }
 
     @property
     def parameters_in_all(self) -> int:
-        """Number of trainable scalars."""
+        """Number of scalars."""
         return sum(p.numel() for p in self.parameters())
 
     def encode(self, sentences: Sequence[Sentence]) -> Encoded:
         """Sentences as this model reads them."""
-        return encode(sentences, self.tokenizer, self.labels, self.encoder.max_pieces, self.encoder.reads_shapes)
+        encoder = self.encoder
+        return encode(
+            sentences, self.tokenizer, self.labels, encoder.max_pieces, encoder.reads_shapes
+        )
 
     @torch.no_grad()
     def emissions(self, data: Encoded) -> list[Tensor]:
@@ -61,7 +251,7 @@ class Tagger(nn.Module):
         return [to_spans([self.labels[k] for k in path.tolist()]) for path in paths]
 
     def _in_order(self, data: Encoded, answer) -> list[Tensor]:
-        was_training, device = self.training, next(self.parameters()).device
+        was_training, device = self.training, self.crf.start.device
         if was_training:  # walking through every module costs more than reading a short sentence
             self.eval()
         found: list[Tensor] = [torch.empty(0)] * len(data)
@@ -73,64 +263,55 @@ class Tagger(nn.Module):
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the tokenizer into `folder`, whole or not at all."""
-        shape = {"labels": self.labels, "dropout": self.dropout.p, "kind": self.encoder.kind, "encoder": self.encoder.config()}
+        """Write tagger.json, model.safetensors and the tokenizer into `folder`, whole or not."""
+        shape = {
+            "labels": self.labels,
+            "dropout": self.dropout.p,
+            "softmax": self.softmax,
+            "kind": self.encoder.kind,
+            "encoder": self.encoder.config(),
+        }
         with saving(folder) as aside:
             self.tokenizer.save_pretrained(aside)
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, aside / "model.safetensors")
-            (aside / "tagger.json").write_text(json.dumps(shape, indent=1, default=str), encoding="utf8")
+            weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+            save_file(weights, aside / "model.safetensors")
+            text = json.dumps(shape, indent=1, default=str)
+            (aside / "tagger.json").write_text(text, encoding="utf8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tagger":
         """Read back what `save_pretrained` wrote; FileNotFoundError if it is not there."""
         folder = Path(folder)
         if not (folder / "tagger.json").is_file():
-            raise FileNotFoundError(f"{folder}: expected a folder written by Tagger.save_pretrained, with a tagger.json")
+            raise FileNotFoundError(
+                f"{folder}: expected a folder written by Tagger.save_pretrained, with a tagger.json"
+            )
         shape = json.loads((folder / "tagger.json").read_text(encoding="utf8"))
-        encoder = backbones.build(shape["kind"], shape["encoder"])
-        model = cls(encoder, AutoTokenizer.from_pretrained(folder), shape["labels"], shape["dropout"])
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        encoder = build(shape.pop("kind"), shape.pop("encoder"))
+        model = cls(encoder, tokenizer, **shape)
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
 
 
-def classifier(tagger: Tagger) -> Tagger:
-    """The same tagger with its chain held at 0: a softmax per word, of which the best legal IOB2 sequence is predicted."""
-    with torch.no_grad():
-        for parameter in tagger.crf.parameters():
-            parameter.zero_()
-    tagger.crf.requires_grad_(False)
-    return tagger
+class Pupil(nn.Module):
+    """A tagger that is watched while it learns from layers: emissions, and what the layers hold.
 
-
-class Pupil(Tagger):
-    """A tagger that is watched while it learns: `inside` holds the layers of the last batch read in training mode, and `projection`, W_h of
-    the adaptive paper's eq. 18, takes its hidden states to the teacher's width. `graduate` leaves both behind.
+    `projection` is W_h of the adaptive paper's eq. 18: it takes hidden states to the teacher's
+    width, is learned with the tagger and left behind.
     """
 
-    inside: Layers
+    def __init__(self, tagger: Tagger, teacher_width: int) -> None:
+        super().__init__()
+        self.tagger = tagger
+        self.projection = nn.Linear(tagger.encoder.width, teacher_width, bias=False)
 
-    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], teacher_width: int) -> None:
-        super().__init__(encoder, tokenizer, labels)
-        self.projection = nn.Linear(encoder.width, teacher_width, bias=False)
+    def forward(self, batch: Batch) -> tuple[Tensor, Layers]:
+        """Emissions [B, L, K] and the layers on the batch's windows."""
+        with watched(self.tagger.encoder) as layers:
+            return self.tagger(batch), layers
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Emissions [B, L, K]; in training mode `inside` is renewed."""
-        if not self.training:
-            return super().forward(batch)
-        with watched(self.encoder) as self.inside:
-            return super().forward(batch)
-
-    @property
-    def parameters_in_all(self) -> int:
-        """Number of scalars of the tagger that is left when the lessons are over."""
-        return super().parameters_in_all - self.projection.weight.numel()
-
-    def graduate(self) -> Tagger:
-        """The tagger itself, made of the same modules."""
-        tagger = Tagger(self.encoder, self.tokenizer, self.labels)
-        tagger.output, tagger.crf, tagger.dropout = self.output, self.crf, self.dropout
-        return tagger.train(self.training)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tagger that is left when the lessons are over."""
-        self.graduate().save_pretrained(folder)
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The tagger's, W_h with its encoder."""
+        groups = self.tagger.parameter_groups()
+        return groups | {"encoder": groups["encoder"] + [self.projection.weight]}

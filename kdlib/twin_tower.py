@@ -1,11 +1,12 @@
 """The student of the GLiNER -> LSTM paper (its section 5): words and labels meet in a dot product.
 
-    word tower     word pieces -> mean of their embeddings -> BiLSTM               one vector a word
-    label tower    word pieces -> mean of the same embeddings -> linear map        one vector a label, and a learnt one for "none"
+    word tower     word pieces -> mean of their embeddings -> BiLSTM         one vector a word
+    label tower    the same means -> linear map     one vector a label, and a learnt one for "none"
     score          dot product of the two; softmax over the sentence's labels and "none"
 
-The paper softmaxes over "all its labels"; as most words have none, "none" is a class here, number 0. Labels are words, so any label
-can be asked for, one never seen in training too: it is encoded from its pieces.
+The paper softmaxes over "all its labels"; as most words have none, "none" is a class here, number
+0. Labels are words, so any label can be asked for, one never seen in training too: it is encoded
+from its pieces.
 """
 
 import json
@@ -23,11 +24,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kdlib import backbones
 from kdlib.batches import in_turn
-from kdlib.cache import saving
-from kdlib.labels import Span, word_runs
-from kdlib.readers import WORD, Sentence
+from kdlib.crf import Chain, reversed_rows
+from kdlib.text.files import saving
+from kdlib.text.readers import WORD
+from kdlib.text.tags import Sentence, Span, word_runs
 
 CONFIG = "twin_tower.json"
 MOST_WORDS = 16_000  # of a batch in `inference`, padding included
@@ -35,7 +36,8 @@ MOST_WORDS = 16_000  # of a batch in `inference`, padding included
 
 @dataclass
 class Bags:
-    """Texts as bags of word pieces: `pieces` of all of them in a row, and where each text `starts`."""
+    """Texts as bags of word pieces: `pieces` of all of them in a row, and where each text
+    `starts`."""
 
     pieces: Tensor
     starts: Tensor
@@ -45,9 +47,10 @@ class Bags:
 class OpenBatch:
     """B sentences, each asked for some of the batch's U labels.
 
-    words: bags of the words that `mask` [B, L] marks, row by row; labels: bags of the U labels; columns: for each sentence those of
-    "none" (0) and of its own labels, in its order; asked [B, 1 + U], True at these; tags [B, L], 0 for "none"; labelled [B];
-    teacher [B, L, 1 + U] log probabilities, where one was asked.
+    words: bags of the words that `mask` [B, L] marks, row by row; labels: bags of the U labels;
+    columns: for each sentence those of "none" (0) and of its own labels, in its order; asked [B, 1
+    + U], True at these; tags [B, L], 0 for "none"; labelled [B]; teacher [B, L, 1 + U] log
+    probabilities, where one was asked.
     """
 
     words: Bags
@@ -61,9 +64,16 @@ class OpenBatch:
 
     def to(self, device: torch.device | str) -> "OpenBatch":
         """The same batch on another device."""
-        bags = {k: Bags(b.pieces.to(device), b.starts.to(device)) for k, b in (("words", self.words), ("labels", self.labels))}
+        bags = {
+            k: Bags(b.pieces.to(device), b.starts.to(device))
+            for k, b in (("words", self.words), ("labels", self.labels))
+        }
         rest = ("mask", "asked", "tags", "labelled", "teacher")
-        return replace(self, **bags, **{k: getattr(self, k).to(device) for k in rest if getattr(self, k) is not None})
+        return replace(
+            self,
+            **bags,
+            **{k: getattr(self, k).to(device) for k in rest if getattr(self, k) is not None},
+        )
 
 
 @dataclass
@@ -91,8 +101,13 @@ class OpenRows:
         column = {label: 1 + i for i, label in enumerate(labels)}
         lengths = torch.tensor([len(self.words[r]) for r in rows])
         shape = len(rows), int(lengths.max())
-        asked, tags = torch.zeros(len(rows), 1 + len(labels), dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
-        teacher = None if self.teacher is None else torch.full((*shape, 1 + len(labels)), float("-inf"))
+        asked, tags = (
+            torch.zeros(len(rows), 1 + len(labels), dtype=torch.bool),
+            torch.zeros(shape, dtype=torch.long),
+        )
+        teacher = (
+            None if self.teacher is None else torch.full((*shape, 1 + len(labels)), float("-inf"))
+        )
         columns = [torch.tensor([0, *(column[label] for label in self.asked[r])]) for r in rows]
         for i, (r, own) in enumerate(zip(rows, columns, strict=True)):
             asked[i, own] = True
@@ -119,11 +134,15 @@ def _bags(texts: Sequence[Sequence[int]]) -> Bags:
 
 
 class TwinTower(nn.Module):
-    """A small tagger for any labels, with GLiNER's own calls: `predict_entities`, `inference`, `save_pretrained`, `from_pretrained`.
+    """A small tagger for any labels, with GLiNER's own calls: `predict_entities`, `inference`,
+    `save_pretrained`, `from_pretrained`.
 
-    A word or label is the mean of its word pieces' embeddings. What the tokenizer has no pieces for (emoji, a script it never saw)
-    is hashed into one of `buckets` further embeddings, so two such words are told apart and no word is lost.
+    A word or label is the mean of its word pieces' embeddings. What the tokenizer has no pieces for
+    (emoji, a script it never saw) is hashed into one of `buckets` further embeddings, so two such
+    words are told apart and no word is lost.
     """
+
+    asks = True  # it must be told which labels to look for
 
     def __init__(
         self,
@@ -138,11 +157,19 @@ class TwinTower(nn.Module):
         if buckets < 1:
             raise ValueError(f"buckets: expected at least 1, got {buckets}")
         self.tokenizer = tokenizer
-        self._splitter = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # our own: nobody else can set it to truncate
+        self._splitter = Tokenizer.from_str(
+            tokenizer.backend_tokenizer.to_str()
+        )  # our own: nobody else can set it to truncate
         self._splitter.no_truncation()
         self._splitter.no_padding()
         self._known: dict[str, tuple[int, ...]] = {}
-        self.config = {"embedding": embedding, "hidden": hidden, "layers": layers, "buckets": buckets, "dropout": dropout}
+        self.config = {
+            "embedding": embedding,
+            "hidden": hidden,
+            "layers": layers,
+            "buckets": buckets,
+            "dropout": dropout,
+        }
         self.embedding = nn.EmbeddingBag(len(tokenizer) + buckets, embedding, mode="mean")
         widths = [embedding] + [2 * hidden] * (layers - 1)
         self.forwards = nn.ModuleList(nn.LSTM(width, hidden, batch_first=True) for width in widths)
@@ -156,13 +183,17 @@ class TwinTower(nn.Module):
         """Number of trainable scalars."""
         return sum(p.numel() for p in self.parameters())
 
-    def start_from(self, encoder: backbones.Transformer) -> None:
-        """Begin with a pretrained encoder's embeddings of the same pieces, reduced by PCA."""
-        rows = backbones.reduced_embeddings(encoder, self.config["embedding"])
-        self.embedding.weight.data[: len(rows)] = rows
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """What is trained, by the rate it asks for: all at the encoder's."""
+        return {"encoder": list(self.parameters())}
+
+    def chain(self, scores: Tensor) -> Chain:
+        """This model's side of a comparison: a softmax per word over "none" and the labels."""
+        return Chain(None, scores, softmax=True)
 
     def forward(self, batch: OpenBatch) -> Tensor:
-        """Scores [B, L, 1 + U] of "none" and the batch's labels; -inf for labels a sentence is not asked for."""
+        """Scores [B, L, 1 + U] of "none" and the batch's labels; -inf for labels a sentence is not
+        asked for."""
         labels = self.label_vectors(batch.labels)
         scores = self.word_vectors(batch.words, batch.mask) @ labels.T
         return scores.masked_fill(~batch.asked[:, None], float("-inf"))
@@ -170,44 +201,58 @@ class TwinTower(nn.Module):
     def word_vectors(self, words: Bags, mask: Tensor) -> Tensor:
         """The word tower: [B, L, 2 * hidden].
 
-        The backward direction reads each sentence reversed by itself, so padding stays last for both and reaches neither: the same
-        numbers as a packed bidirectional LSTM, without the slower kernel that packing asks for.
+        The backward direction reads each sentence reversed by itself, so padding stays last for
+        both and reaches neither: the same numbers as a packed bidirectional LSTM, without the
+        slower kernel that packing asks for.
         """
         embedded = self.dropout(self.embedding(words.pieces, words.starts))
         hidden = embedded.new_zeros(*mask.shape, embedded.shape[1])
         hidden[mask] = embedded
-        place = torch.arange(mask.shape[1], device=mask.device)
-        mirrored = torch.where(mask, mask.sum(1, keepdim=True) - 1 - place, place)[..., None]
+        lengths = mask.sum(1)
         for ahead, back in zip(self.forwards, self.backwards, strict=True):
-            reversed_ = hidden.gather(1, mirrored.expand_as(hidden))
-            backwards = back(reversed_)[0]
-            hidden = torch.cat([ahead(hidden)[0], backwards.gather(1, mirrored.expand_as(backwards))], -1)
+            backwards = back(reversed_rows(hidden, lengths))[0]
+            hidden = torch.cat([ahead(hidden)[0], reversed_rows(backwards, lengths)], -1)
         return self.dropout(hidden)
 
     def label_vectors(self, labels: Bags) -> Tensor:
         """The label tower: [1 + U, 2 * hidden], "none" first."""
-        return torch.cat([self.none[None], self.label(self.embedding(labels.pieces, labels.starts))])
+        return torch.cat(
+            [self.none[None], self.label(self.embedding(labels.pieces, labels.starts))]
+        )
 
     def pieces(self, text: str) -> tuple[int, ...]:
-        """The pieces of a word or label, remembered; a bucket for each of its words that the tokenizer does not know, or only in part."""
+        """The pieces of a word or label, remembered; a bucket for each of its words that the
+        tokenizer does not know, or only in part."""
         if text not in self._known:
             if len(self._known) >= 200_000:
                 self._known.clear()
-            self._known[text] = tuple(piece for word in WORD.findall(text) or [text] for piece in self._pieces_of_word(word))
+            self._known[text] = tuple(
+                piece
+                for word in WORD.findall(text) or [text]
+                for piece in self._pieces_of_word(word)
+            )
         return self._known[text]
 
     def _pieces_of_word(self, word: str) -> list[int]:
         raw = word.encode("utf8", "surrogatepass")
         whole = raw.decode("utf8", "ignore") == word
-        ids = self._splitter.encode([word], is_pretokenized=True, add_special_tokens=False).ids if whole else []
+        ids = (
+            self._splitter.encode([word], is_pretokenized=True, add_special_tokens=False).ids
+            if whole
+            else []
+        )
         if ids and self.tokenizer.unk_token_id not in ids:
             return ids
         return [len(self.tokenizer) + zlib.crc32(raw) % self.config["buckets"]]
 
     def encode(
-        self, sentences: Sequence[Sentence], asked: Sequence[Sequence[str]], teacher: list[Tensor] | None = None
+        self,
+        sentences: Sequence[Sentence],
+        asked: Sequence[Sequence[str]],
+        teacher: list[Tensor] | None = None,
     ) -> OpenRows:
-        """Sentences as this model reads them, each with the labels it is asked for; an entity of another label counts as none."""
+        """Sentences as this model reads them, each with the labels it is asked for; an entity of
+        another label counts as none."""
         tags = []
         for sentence, labels in zip(sentences, asked, strict=True):
             place = {label: 1 + i for i, label in enumerate(labels)}
@@ -216,11 +261,25 @@ class TwinTower(nn.Module):
                 own[start:end] = [place.get(kind, 0)] * (end - start)
             tags.append(own)
         pieces = {label: self.pieces(label) for labels in asked for label in labels}
-        return OpenRows([[self.pieces(w) for w in s.tokens] for s in sentences], list(map(tuple, asked)), tags, pieces, teacher)
+        return OpenRows(
+            [[self.pieces(w) for w in s.tokens] for s in sentences],
+            list(map(tuple, asked)),
+            tags,
+            pieces,
+            teacher,
+        )
+
+    def predict(self, data: OpenRows) -> list[tuple[Span, ...]]:
+        """The entities of every sentence, of the labels it is asked for: runs of equal words."""
+        found = zip(self.word_labels(data), data.asked, strict=True)
+        return [
+            tuple(Span(start, end, asked[n - 1]) for start, end, n in word_runs(labels))
+            for labels, asked in found
+        ]
 
     @torch.inference_mode()
     def word_labels(self, data: OpenRows) -> list[list[int]]:
-        """Per word 0, or 1 + the label's place among those its sentence is asked for: what `inference` makes entities of."""
+        """Per word 0, or 1 + the label's place among those its sentence is asked for."""
         was_training = self.training
         self.eval()
         found: list[list[int]] = [[] for _ in data.words]
@@ -233,7 +292,12 @@ class TwinTower(nn.Module):
         return found
 
     def predict_entities(
-        self, text: str, labels: Sequence[str], threshold: float = 0.5, flat_ner: bool = True, multi_label: bool = False
+        self,
+        text: str,
+        labels: Sequence[str],
+        threshold: float = 0.5,
+        flat_ner: bool = True,
+        multi_label: bool = False,
     ) -> list[dict[str, Any]]:
         """The entities of one text, as `inference` finds them."""
         if not isinstance(text, str):
@@ -250,11 +314,13 @@ class TwinTower(nn.Module):
         multi_label: bool = False,
         batch_size: int = 32,
     ) -> list[list[dict[str, Any]]]:
-        """Per text its entities, in GLiNER's form: {"start", "end", "text", "label", "score"}, characters, end exclusive.
+        """Per text its entities, in GLiNER's form: {"start", "end", "text", "label", "score"},
+        characters, end exclusive.
 
-        An entity is a run of words that have the same best label and are more than `threshold` likely to be any entity at all;
-        `score` is the mean of that probability. Texts may be of any length, empty too. Entities never overlap: `flat_ner=False` and
-        `multi_label=True` are errors. A label asked for twice counts once; with no labels nothing is found.
+        An entity is a run of words that have the same best label and are more than `threshold`
+        likely to be any entity at all; `score` is the mean of that probability. Texts may be of any
+        length, empty too. Entities never overlap: `flat_ner=False` and `multi_label=True` are
+        errors. A label asked for twice counts once; with no labels nothing is found.
         """
         texts, labels = [texts] if isinstance(texts, str) else list(texts), _checked_labels(labels)
         _check_calls(texts, threshold, flat_ner, multi_label)
@@ -270,8 +336,13 @@ class TwinTower(nn.Module):
         towers = self.label_vectors(_to(_bags([self.pieces(label) for label in labels]), device)).T
         for part in _batches(rows, [len(w) for w in words], batch_size):
             lengths = [len(words[i]) for i in part]
-            mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-            bags = _to(_bags([self.pieces(texts[i][a:b]) for i in part for a, b in words[i]]), device)
+            mask = (
+                torch.arange(max(lengths), device=device)
+                < torch.tensor(lengths, device=device)[:, None]
+            )
+            bags = _to(
+                _bags([self.pieces(texts[i][a:b]) for i in part for a, b in words[i]]), device
+            )
             scores = self.word_vectors(bags, mask) @ towers
             likely, best = (t.tolist() for t in _decide(scores.softmax(-1), threshold))
             for i, p, b in zip(part, likely, best, strict=True):
@@ -280,31 +351,51 @@ class TwinTower(nn.Module):
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write twin_tower.json, model.safetensors and the tokenizer into `folder`, whole or not at all."""
+        """Write twin_tower.json, model.safetensors and the tokenizer into `folder`, whole or not at
+        all."""
         with saving(folder) as aside:
             self.tokenizer.save_pretrained(aside)
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, aside / "model.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in self.state_dict().items()},
+                aside / "model.safetensors",
+            )
             (aside / CONFIG).write_text(json.dumps(self.config, indent=1), encoding="utf8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TwinTower":
-        """Read back what `save_pretrained` wrote; FileNotFoundError if it is not there, ValueError if its files are damaged."""
+        """Read back what `save_pretrained` wrote; FileNotFoundError if it is not there, ValueError
+        if its files are damaged."""
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{folder}: expected a folder written by TwinTower.save_pretrained, with a {CONFIG}")
+            raise FileNotFoundError(
+                f"{folder}: expected a folder written by TwinTower.save_pretrained, with a {CONFIG}"
+            )
         try:
-            model = cls(AutoTokenizer.from_pretrained(folder), **json.loads((folder / CONFIG).read_text(encoding="utf8")))
+            model = cls(
+                AutoTokenizer.from_pretrained(folder),
+                **json.loads((folder / CONFIG).read_text(encoding="utf8")),
+            )
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+        ) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"{folder}: expected the files of a whole TwinTower, got {type(error).__name__}: {reason}"
+                f"{folder}: expected the files of a whole TwinTower, got {type(error).__name__}: "
+                f"{reason}"
             ) from error
         return model.eval()
 
 
 def _batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Rows, shortest first, at most `size` at once and fewer where a long text would make much padding of the others."""
+    """Rows, shortest first, at most `size` at once and fewer where a long text would make much
+    padding of the others."""
     part: list[int] = []
     for row in rows:
         if part and (len(part) == size or (len(part) + 1) * lengths[row] > MOST_WORDS):
@@ -319,30 +410,42 @@ def _to(bags: Bags, device: torch.device) -> Bags:
 
 
 def _decide(probabilities: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Of [..., 1 + labels]: how likely a word is part of an entity; its label, from 1, or 0 where that is not over `threshold`."""
+    """Of [..., 1 + labels]: how likely a word is part of an entity; its label, from 1, or 0 where
+    that is not over `threshold`."""
     likely = 1 - probabilities[..., 0]
     best = probabilities[..., 1:].argmax(-1) + 1
     return likely, best * (likely > threshold)
 
 
 def _entities(
-    text: str, words: Sequence[tuple[int, int]], likely: Sequence[float], best: Sequence[int], labels: Sequence[str]
+    text: str,
+    words: Sequence[tuple[int, int]],
+    likely: Sequence[float],
+    best: Sequence[int],
+    labels: Sequence[str],
 ) -> list[dict[str, Any]]:
     out = []
     for first, end, number in word_runs(best[: len(words)]):
         start, stop = words[first][0], words[end - 1][1]
         score = sum(likely[first:end]) / (end - first)
-        out.append({"start": start, "end": stop, "text": text[start:stop], "label": labels[number - 1], "score": score})
+        out.append(
+            {
+                "start": start,
+                "end": stop,
+                "text": text[start:stop],
+                "label": labels[number - 1],
+                "score": score,
+            }
+        )
     return out
 
 
-def spans(word_labels: Sequence[int], asked: Sequence[str]) -> tuple[Span, ...]:
-    """The entities that `TwinTower.word_labels` of one sentence stand for."""
-    return tuple(Span(start, end, asked[number - 1]) for start, end, number in word_runs(word_labels))
-
-
 def _checked_labels(labels: Sequence[str]) -> list[str]:
-    if isinstance(labels, str) or not isinstance(labels, Sequence) or not all(isinstance(x, str) for x in labels):
+    if (
+        isinstance(labels, str)
+        or not isinstance(labels, Sequence)
+        or not all(isinstance(x, str) for x in labels)
+    ):
         raise TypeError(f"labels: expected a list of strings, got {labels!r:.80}")
     empty = [x for x in labels if not x.strip()]
     if empty:

@@ -2,12 +2,15 @@ import pytest
 import torch
 from conftest import SENTENCES, tagger
 
-from kdlib import batches, cache
-from kdlib.data import Sentence
+from kdlib import batches
+from kdlib.lab import cache
+from kdlib.text.tags import Sentence
 
 
 def encode(tiny, sentences, max_pieces=24):
-    return batches.encode(sentences, tiny.tokenizer, ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], max_pieces)
+    return batches.encode(
+        sentences, tiny.tokenizer, ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"], max_pieces
+    )
 
 
 def test_each_word_is_read_at_its_first_piece(tiny):
@@ -35,7 +38,10 @@ def test_words_without_pieces_and_words_longer_than_a_window(tiny):
     encoded = encode(tiny, [odd])
     assert len(encoded.firsts[0]) == 3 and max(map(len, encoded.windows[0])) <= 24
     first = [encoded.windows[0][w][p] for w, p in encoded.firsts[0]]
-    assert tiny.tokenizer.convert_ids_to_tokens(first) == ["[UNK]", "[UNK]", "paris"] or first[0] == tiny.tokenizer.unk_token_id
+    assert (
+        tiny.tokenizer.convert_ids_to_tokens(first) == ["[UNK]", "[UNK]", "paris"]
+        or first[0] == tiny.tokenizer.unk_token_id
+    )
 
 
 def test_every_sentence_comes_once_an_epoch_and_the_order_repeats(tiny):
@@ -49,13 +55,16 @@ def test_batches_hold_sentences_of_like_length(tiny):
     lengths = torch.randint(1, 40, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     encoded = encode(tiny, [Sentence(("a",) * n) for n in lengths])
     waste = sum(
-        max(lengths[r] for r in rows) * len(rows) - sum(lengths[r] for r in rows) for rows in batches.order(encoded, 8, 0)
+        max(lengths[r] for r in rows) * len(rows) - sum(lengths[r] for r in rows)
+        for rows in batches.order(encoded, 8, 0)
     )
     assert waste < 0.05 * sum(lengths)
 
 
 def test_windows_without_room_for_a_word_are_refused(tiny):
-    with pytest.raises(ValueError, match="max_pieces: expected room for a word beside 2 special pieces, got 2"):
+    with pytest.raises(
+        ValueError, match="max_pieces: expected room for a word beside 2 special pieces, got 2"
+    ):
         encode(tiny, SENTENCES, max_pieces=2)
 
 
@@ -76,8 +85,12 @@ def test_shapes_are_the_words_letter_cases():
 
 def test_every_piece_has_its_words_shape(tiny):
     sentences = [Sentence(("Anna", "in", "PARIS", "IBM")), Sentence(("ok",))]
-    data = batches.encode(sentences, tiny.tokenizer, ["O"], tiny.encoder.max_pieces, with_shapes=True)
-    assert [[len(w) for w in own] for own in data.shapes] == [[len(w) for w in own] for own in data.windows]
+    data = batches.encode(
+        sentences, tiny.tokenizer, ["O"], tiny.encoder.max_pieces, with_shapes=True
+    )
+    assert [[len(w) for w in own] for own in data.shapes] == [
+        [len(w) for w in own] for own in data.windows
+    ]
     batch = data.collate([0, 1])
     assert batch.shapes.shape == batch.pieces.shape and not batch.shapes[1, 4:].any()
     assert batch.shapes.flatten()[batch.first[0]].tolist() == [3, 2, 4, 4]

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from kdlib import losses
-from kdlib.crf import LinearChainCRF
-from kdlib.labels import legal_iob2
-from kdlib.surrogates import surrogate_labels
+from kdlib.crf import Chain, LinearChainCRF, legal_iob2
+from kdlib.losses import surrogate_labels
 
 LENGTHS = [5, 3, 1]
 LEGAL = legal_iob2(["O", "B-X", "I-X", "B-Y"])
@@ -24,36 +23,50 @@ def pair(legal=LEGAL, dtype=torch.double):
     return *out, torch.arange(5) < torch.tensor(LENGTHS)[:, None]
 
 
+def of_chains(loss):
+    """The loss as a function of both CRFs and emissions one by one."""
+    return lambda crf, student, teacher_crf, teacher, mask, *knobs, **more: loss(
+        Chain(crf, student), Chain(teacher_crf, teacher), mask, *knobs, **more
+    )
+
+
+posterior, structural = of_chains(losses.posterior), of_chains(losses.structural)
+decoupled, path_set = of_chains(losses.decoupled), of_chains(losses.path_set)
+top_k = of_chains(losses.top_k)
+
+
 def soft_targets(crf, student, teacher_crf, teacher, mask, temperature=2.0):
     return losses.soft_targets(student, teacher, mask, temperature)
 
 
 def weighted_top_k(*arguments):
-    return losses.top_k(*arguments, k=3, weighted=True)
+    return top_k(*arguments, k=3, weighted=True)
 
 
 def fuzzy(crf, student, teacher_crf, teacher, mask):
-    return losses.fuzzy(crf, student, surrogate_labels(teacher_crf, teacher, mask, k=2).allowed, mask)
+    allowed = surrogate_labels(Chain(teacher_crf, teacher), mask, k=2).allowed
+    return losses.fuzzy(Chain(crf, student), allowed, mask)
 
 
 def multi_grained(crf, student, teacher_crf, teacher, mask):
-    surrogates = surrogate_labels(teacher_crf, teacher, mask, k=2)
-    return losses.multi_grained(crf, student, teacher_crf, teacher, surrogates, mask, (0.2, 0.3, 0.5))
+    own, other = Chain(crf, student), Chain(teacher_crf, teacher)
+    surrogates = surrogate_labels(other, mask, k=2)
+    return losses.multi_grained(own, other, surrogates, mask, (0.2, 0.3, 0.5))
 
 
 DIVERGENCES = {
     "soft targets": soft_targets,
-    "posterior": losses.posterior,
-    "posterior at 2": lambda *a: losses.posterior(*a, temperature=2.0),
-    "structural": losses.structural,
-    "structural at 3": lambda *a: losses.structural(*a, temperature=3.0),
-    "decoupled": lambda *a: losses.decoupled(*a, k=4),
+    "posterior": posterior,
+    "posterior at 2": lambda *a: posterior(*a, temperature=2.0),
+    "structural": structural,
+    "structural at 3": lambda *a: structural(*a, temperature=3.0),
+    "decoupled": lambda *a: decoupled(*a, k=4),
 }
 LOSSES = DIVERGENCES | {
-    "top-k": losses.top_k,
+    "top-k": top_k,
     "weighted top-k": weighted_top_k,
     "fuzzy": fuzzy,
-    "path set": lambda *a: losses.path_set(*a, k=2),
+    "path set": lambda *a: path_set(*a, k=2),
     "multi-grained": multi_grained,
 }
 each = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -89,7 +102,10 @@ def test_the_student_gets_a_gradient_and_the_teacher_none(loss, legal):
 def test_padding_changes_nothing_and_inputs_are_not_mutated(loss):
     crf, student, teacher_crf, teacher, mask = pair()
     kept = student.detach().clone(), teacher.detach().clone()
-    wide = [torch.cat([e.detach(), torch.full((3, 2, 4), 7.0, dtype=torch.double)], 1) for e in (student, teacher)]
+    wide = [
+        torch.cat([e.detach(), torch.full((3, 2, 4), 7.0, dtype=torch.double)], 1)
+        for e in (student, teacher)
+    ]
     wide_mask = torch.cat([mask, torch.zeros(3, 2, dtype=torch.bool)], 1)
     value = loss(crf, student, teacher_crf, teacher, mask)
     torch.testing.assert_close(loss(crf, wide[0], teacher_crf, wide[1], wide_mask), value)
@@ -101,13 +117,17 @@ def test_a_constant_added_to_a_words_scores_changes_nothing(loss):
     crf, student, teacher_crf, teacher, mask = pair()
     shift = torch.randn(3, 5, 1, dtype=torch.double)
     value = loss(crf, student, teacher_crf, teacher, mask)
-    torch.testing.assert_close(loss(crf, student + shift, teacher_crf, teacher - shift, mask), value)
+    torch.testing.assert_close(
+        loss(crf, student + shift, teacher_crf, teacher - shift, mask), value
+    )
 
 
 @each
 def test_one_word_sentences(loss):
     crf, student, teacher_crf, teacher, _ = pair()
-    value = loss(crf, student[:, :1], teacher_crf, teacher[:, :1], torch.ones(3, 1, dtype=torch.bool))
+    value = loss(
+        crf, student[:, :1], teacher_crf, teacher[:, :1], torch.ones(3, 1, dtype=torch.bool)
+    )
     assert value.isfinite() and value > 0
 
 
@@ -116,20 +136,24 @@ def test_one_word_sentences(loss):
 def test_gradients_are_right(loss, legal):
     crf, student, teacher_crf, teacher, mask = pair(legal)
     assert torch.autograd.gradcheck(lambda s: loss(crf, s, teacher_crf, teacher, mask), (student,))
-    assert torch.autograd.gradgradcheck(lambda s: loss(crf, s, teacher_crf, teacher, mask), (student,))
+    assert torch.autograd.gradgradcheck(
+        lambda s: loss(crf, s, teacher_crf, teacher, mask), (student,)
+    )
 
 
-@pytest.mark.parametrize("loss", [soft_targets, losses.posterior, losses.structural])
+@pytest.mark.parametrize("loss", [soft_targets, posterior, structural])
 def test_temperature_squared_keeps_the_gradients_size(loss):
     """Hinton's T^2: at high temperatures the gradient no longer depends on T (within 5 %)."""
     crf, student, teacher_crf, teacher, mask = pair(legal=None)
     sizes = []
     for temperature in (20.0, 40.0, 80.0):
-        if loss is losses.posterior:  # its marginals are tempered afterwards: compare like with like
+        if loss is posterior:  # its marginals are tempered afterwards: compare like with like
             arguments = (crf, student * 0.1, teacher_crf, teacher * 0.1, mask)
         else:
             arguments = (crf, student, teacher_crf, teacher, mask)
-        sizes.append(torch.autograd.grad(loss(*arguments, temperature=temperature), student)[0].norm())
+        sizes.append(
+            torch.autograd.grad(loss(*arguments, temperature=temperature), student)[0].norm()
+        )
     assert max(sizes) / min(sizes) < 1.05
 
 
@@ -137,13 +161,16 @@ def test_crf_nll_and_its_gradient():
     crf, student, _, _, mask = pair()
     tags = torch.tensor([[1, 2, 0, 3, 0], [0, 1, 2, 9, 9], [3, 9, 9, 9, 9]])
     expected = -torch.stack(
-        [crf.log_prob(student[b : b + 1, :n], tags[b : b + 1, :n], mask[b : b + 1, :n])[0] for b, n in enumerate(LENGTHS)]
+        [
+            crf.log_prob(student[b : b + 1, :n], tags[b : b + 1, :n], mask[b : b + 1, :n])[0]
+            for b, n in enumerate(LENGTHS)
+        ]
     )
-    torch.testing.assert_close(losses.crf_nll(crf, student, tags, mask), expected.mean())
-    assert torch.autograd.gradcheck(lambda s: losses.crf_nll(crf, s, tags, mask), (student,))
+    torch.testing.assert_close(losses.crf_nll(Chain(crf, student), tags, mask), expected.mean())
+    assert torch.autograd.gradcheck(lambda s: losses.crf_nll(Chain(crf, s), tags, mask), (student,))
     illegal = tags.clone()
     illegal[0, 0] = 2
-    assert losses.crf_nll(crf, student, illegal, mask) == float("inf")
+    assert losses.crf_nll(Chain(crf, student), illegal, mask) == float("inf")
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -154,32 +181,55 @@ def test_top_k_by_counts_is_the_sum_over_paths(k, weighted):
     paths, scores = teacher_crf.k_best(teacher, mask, k)
     for b in range(3):
         real = scores[b] > float("-inf")
-        weight = scores[b][real].softmax(0) if weighted else torch.full((int(real.sum()),), 1 / int(real.sum())).double()
-        log_p = torch.stack([crf.log_prob(student[b : b + 1], p[None], mask[b : b + 1])[0] for p in paths[b][real]])
+        weight = (
+            scores[b][real].softmax(0)
+            if weighted
+            else torch.full((int(real.sum()),), 1 / int(real.sum())).double()
+        )
+        log_p = torch.stack(
+            [crf.log_prob(student[b : b + 1], p[None], mask[b : b + 1])[0] for p in paths[b][real]]
+        )
         expected.append(-(weight * log_p).sum())
-    torch.testing.assert_close(losses.top_k(crf, student, teacher_crf, teacher, mask, k, weighted), torch.stack(expected).mean())
+    torch.testing.assert_close(
+        top_k(crf, student, teacher_crf, teacher, mask, k, weighted), torch.stack(expected).mean()
+    )
 
 
 def test_one_best_is_the_nll_of_pseudo_labels():
     crf, student, teacher_crf, teacher, mask = pair()
-    pseudo = losses.crf_nll(crf, student, teacher_crf.viterbi(teacher, mask), mask)
+    pseudo = losses.crf_nll(Chain(crf, student), teacher_crf.viterbi(teacher, mask), mask)
     for weighted in (False, True):
-        torch.testing.assert_close(losses.top_k(crf, student, teacher_crf, teacher, mask, 1, weighted), pseudo)
+        torch.testing.assert_close(
+            top_k(crf, student, teacher_crf, teacher, mask, 1, weighted), pseudo
+        )
 
 
 def test_all_paths_weighted_is_structural_distillation():
     crf, student, teacher_crf, teacher, mask = pair()
-    entropy = -sum((p := s[s > float("-inf")].log_softmax(0)).exp() @ p for s in teacher_crf.k_best(teacher, mask, 2000)[1]) / 3
-    everything = losses.top_k(crf, student, teacher_crf, teacher, mask, 2000, weighted=True)
-    torch.testing.assert_close(everything - entropy, losses.structural(crf, student, teacher_crf, teacher, mask))
+    entropy = (
+        -sum(
+            (p := s[s > float("-inf")].log_softmax(0)).exp() @ p
+            for s in teacher_crf.k_best(teacher, mask, 2000)[1]
+        )
+        / 3
+    )
+    everything = top_k(crf, student, teacher_crf, teacher, mask, 2000, weighted=True)
+    torch.testing.assert_close(
+        everything - entropy, structural(crf, student, teacher_crf, teacher, mask)
+    )
 
 
 def test_structural_is_never_below_posterior_of_a_word():
     crf, student, teacher_crf, teacher, mask = pair()
     one = mask & (torch.arange(5) == 0)
-    first = losses.structural(crf, student, teacher_crf, teacher, mask)
+    first = structural(crf, student, teacher_crf, teacher, mask)
     gap = teacher_crf.log_marginals(teacher, mask)[:, 0], crf.log_marginals(student, mask)[:, 0]
-    kl = torch.where(gap[0] > -1e300, gap[0].exp() * (gap[0] - gap[1]), 0).nan_to_num(0).sum(-1).mean()
+    kl = (
+        torch.where(gap[0] > -1e300, gap[0].exp() * (gap[0] - gap[1]), 0)
+        .nan_to_num(0)
+        .sum(-1)
+        .mean()
+    )
     assert one.any() and first >= kl
 
 
@@ -187,7 +237,7 @@ def test_posterior_in_float32_survives_certain_teachers():
     crf, student, teacher_crf, teacher, mask = pair(dtype=torch.float32)
     for scale in (1e2, 1e4):
         sure, unsure = (teacher.detach() * scale), (student.detach() * scale).requires_grad_()
-        for loss in (losses.posterior, losses.structural):
+        for loss in (posterior, structural):
             value = loss(crf, unsure, teacher_crf, sure, mask)
             value.backward()
             assert value.isfinite() and unsure.grad.isfinite().all()
@@ -208,7 +258,7 @@ def test_scores_of_other_labels_and_bad_temperatures_are_refused(loss):
     crf, student, teacher_crf, teacher, mask = pair()
     with pytest.raises(ValueError, match=r"scores of one shape, got \[3, 5, 4\] and \[3, 5, 3\]"):
         loss(crf, student, teacher_crf, teacher[..., :3], mask)
-    for soft in (losses.posterior, losses.structural, soft_targets):
+    for soft in (posterior, structural, soft_targets):
         with pytest.raises(ValueError, match="temperature: expected more than 0, got -2"):
             soft(crf, student, teacher_crf, teacher, mask, temperature=-2)
 
@@ -221,21 +271,30 @@ def test_hard_labels_are_the_mean_surprise_over_words():
     torch.testing.assert_close(value, -picked[mask].mean())
     value.backward()
     assert (student.grad[~mask] == 0).all() and (student.grad[mask].abs().sum(-1) > 0).all()
-    assert torch.autograd.gradcheck(lambda s: losses.hard_labels(s, tags, mask), student.detach().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda s: losses.hard_labels(s, tags, mask), student.detach().requires_grad_()
+    )
 
 
 def test_soft_targets_leave_out_labels_excluded_on_both_sides():
     _, student, _, teacher, mask = pair()
     out = torch.zeros(4, dtype=torch.bool)
     out[2] = True
-    value = losses.soft_targets(student.masked_fill(out, float("-inf")), teacher.detach().masked_fill(out, float("-inf")), mask)
-    torch.testing.assert_close(value, losses.soft_targets(student[..., ~out], teacher[..., ~out], mask))
+    value = losses.soft_targets(
+        student.masked_fill(out, float("-inf")),
+        teacher.detach().masked_fill(out, float("-inf")),
+        mask,
+    )
+    torch.testing.assert_close(
+        value, losses.soft_targets(student[..., ~out], teacher[..., ~out], mask)
+    )
     value.backward()
     assert (student.grad[..., 2] == 0).all() and student.grad.isfinite().all()
 
 
 def layered(seed=0):
-    """Scores [2, 3, 4, 4] and hidden states [2, 4, 6] of two models, and which pieces are no padding."""
+    """Scores [2, 3, 4, 4] and hidden states [2, 4, 6] of two models, and which pieces are no
+    padding."""
     torch.manual_seed(seed)
     scores = [torch.randn(2, 3, 4, 4, dtype=torch.double).requires_grad_() for _ in range(2)]
     hidden = [torch.randn(2, 4, 6, dtype=torch.double).requires_grad_() for _ in range(2)]
@@ -284,13 +343,17 @@ def test_layer_losses_do_not_see_padding(loss):
 def test_layer_losses_gradcheck(loss):
     scores, hidden, mask = layered()
     assert torch.autograd.gradcheck(
-        lambda s, h: loss([s, scores[1]], [h, hidden[1]], mask), (scores[0], hidden[0]), raise_exception=True
+        lambda s, h: loss([s, scores[1]], [h, hidden[1]], mask),
+        (scores[0], hidden[0]),
+        raise_exception=True,
     )
 
 
 def test_layers_of_other_shapes_are_refused():
     scores, hidden, mask = layered()
-    with pytest.raises(ValueError, match=r"as many heads and pieces, got \[2, 2, 4, 4\] and \[2, 3, 4, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"as many heads and pieces, got \[2, 2, 4, 4\] and \[2, 3, 4, 4\]"
+    ):
         losses.attention_scores(scores[0][:, :2], scores[1], mask)
     for loss in (losses.cosine, losses.patient):
         with pytest.raises(ValueError, match="hidden states of one width"):
@@ -312,12 +375,22 @@ def test_soft_cross_entropy_has_the_papers_gradient_and_limit():
     student.requires_grad_()
     mask = torch.ones(1, 3, dtype=torch.bool)
     for t in (0.5, 1.0, 4.0):
-        (found,) = torch.autograd.grad(losses.soft_cross_entropy(student, teacher, mask, t), student)
-        torch.testing.assert_close(found, ((student / t).softmax(-1) - (teacher / t).softmax(-1)).detach() / t / 3)  # eq. 4
+        (found,) = torch.autograd.grad(
+            losses.soft_cross_entropy(student, teacher, mask, t), student
+        )
+        torch.testing.assert_close(
+            found, ((student / t).softmax(-1) - (teacher / t).softmax(-1)).detach() / t / 3
+        )  # eq. 4
     (found,) = torch.autograd.grad(losses.soft_cross_entropy(student, teacher, mask, 1e4), student)
-    torch.testing.assert_close(found * 1e8, (student - teacher).detach() / 5 / 3, rtol=1e-3, atol=1e-5)  # eq. 6
-    (found,) = torch.autograd.grad(losses.soft_cross_entropy(student, teacher, mask, 4.0, 1.0), student)
-    torch.testing.assert_close(found, (student.softmax(-1) - (teacher / 4).softmax(-1)).detach() / 3)  # eq. 12
+    torch.testing.assert_close(
+        found * 1e8, (student - teacher).detach() / 5 / 3, rtol=1e-3, atol=1e-5
+    )  # eq. 6
+    (found,) = torch.autograd.grad(
+        losses.soft_cross_entropy(student, teacher, mask, 4.0, 1.0), student
+    )
+    torch.testing.assert_close(
+        found, (student.softmax(-1) - (teacher / 4).softmax(-1)).detach() / 3
+    )  # eq. 12
     kl = losses.soft_targets(student, teacher, mask, 3.0) / 9
     p = (teacher / 3).softmax(-1)
     entropy = -(p * p.log()).sum(-1).mean()
@@ -331,13 +404,19 @@ def test_the_adaptive_weight_is_eq_14_and_does_not_do_what_the_text_says():
     for b in (0.0, -0.5, -3.6, 1.0):
         for x in (0.0, 0.25, 1.0):
             assert losses.adaptive_weight(x, b) == pytest.approx(max(1 - e ** (x + b) / e, 0))
-    assert losses.adaptive_weight(0.0) == pytest.approx(0.632, abs=1e-3) and losses.adaptive_weight(1.0) == 0
+    assert (
+        losses.adaptive_weight(0.0) == pytest.approx(0.632, abs=1e-3)
+        and losses.adaptive_weight(1.0) == 0
+    )
     assert not any(
-        losses.adaptive_weight(0.0, b / 10) > 0.99 and losses.adaptive_weight(1.0, b / 10) < 0.01 for b in range(-60, 20)
+        losses.adaptive_weight(0.0, b / 10) > 0.99 and losses.adaptive_weight(1.0, b / 10) < 0.01
+        for b in range(-60, 20)
     )
     assert losses.rescaled_weight(0.0) == 1 and losses.rescaled_weight(1.0) == pytest.approx(0)
     top, bottom = (1 - e ** (x - 1) for x in (0, 1))
-    assert losses.rescaled_weight(0.4) == pytest.approx((1 - e ** (0.4 - 1) - bottom) / (top - bottom))
+    assert losses.rescaled_weight(0.4) == pytest.approx(
+        (1 - e ** (0.4 - 1) - bottom) / (top - bottom)
+    )
     for schedule in (losses.adaptive_weight, losses.rescaled_weight):
         with pytest.raises(ValueError, match="from 0 to 1, got 1.5"):
             schedule(1.5)
@@ -345,6 +424,8 @@ def test_the_adaptive_weight_is_eq_14_and_does_not_do_what_the_text_says():
 
 def test_eq_15():
     soft, hard, layers = (torch.tensor(v) for v in (2.0, 3.0, 5.0))
-    assert losses.adaptive(soft, hard, layers, 0.25) == pytest.approx(0.25 * 2 + 0.75 * 3 + 0.25 * 5)
+    assert losses.adaptive(soft, hard, layers, 0.25) == pytest.approx(
+        0.25 * 2 + 0.75 * 3 + 0.25 * 5
+    )
     with pytest.raises(ValueError, match=r"theta.*got -0\.1"):
         losses.adaptive(soft, hard, layers, -0.1)

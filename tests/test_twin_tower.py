@@ -8,11 +8,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kdlib import backbones, losses
-from kdlib.data import Sentence
-from kdlib.twin_tower import TwinTower, _batches, spans
+from kdlib import losses
+from kdlib.lab import targets
+from kdlib.students import Twin, pretrained
+from kdlib.text.tags import Sentence, Span, word_runs
+from kdlib.twin_tower import TwinTower, _batches
 
 LABELS = ("PER", "LOC")
+
+
+def entities(labels, asked):
+    """The entities that labels word by word stand for."""
+    return tuple(Span(a, b, asked[n - 1]) for a, b, n in word_runs(labels))
 
 
 @pytest.fixture
@@ -29,10 +36,14 @@ def test_the_word_tower_is_a_packed_bidirectional_lstm(model):
     for layer, (ahead, back) in enumerate(zip(model.forwards, model.backwards, strict=True)):
         for source, suffix in ((ahead, ""), (back, "_reverse")):
             for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-                getattr(reference, f"{kind}_l{layer}{suffix}").data = getattr(source, f"{kind}_l0").data
+                getattr(reference, f"{kind}_l{layer}{suffix}").data = getattr(
+                    source, f"{kind}_l0"
+                ).data
     embedded = torch.zeros(*batch.mask.shape, 8)
     embedded[batch.mask] = model.embedding(batch.words.pieces, batch.words.starts)
-    packed = nn.utils.rnn.pack_padded_sequence(embedded, batch.mask.sum(1), batch_first=True, enforce_sorted=False)
+    packed = nn.utils.rnn.pack_padded_sequence(
+        embedded, batch.mask.sum(1), batch_first=True, enforce_sorted=False
+    )
     wanted, _ = nn.utils.rnn.pad_packed_sequence(reference(packed)[0], batch_first=True)
     found = model.word_vectors(batch.words, batch.mask)
     torch.testing.assert_close(found[batch.mask], wanted[batch.mask])
@@ -52,7 +63,9 @@ def test_tags_go_there_and_back(model):
     asked = [("LOC", "PER"), ("LOC",), ("PER", "LOC"), ("big",)]
     rows = model.encode(SENTENCES[:4], asked)
     assert rows.tags[1] == [1] and rows.tags[3] == [0, 0, 0]
-    assert [spans(t, a) for t, a in zip(rows.tags, asked, strict=True)] == [s.spans for s in SENTENCES[:4]]
+    assert [entities(t, a) for t, a in zip(rows.tags, asked, strict=True)] == [
+        s.spans for s in SENTENCES[:4]
+    ]
     assert model.encode([Sentence(("Anna",))], [("PER",)]).tags == [None]
 
 
@@ -66,10 +79,16 @@ def test_it_learns_from_hard_labels(model):
         loss.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
         optimizer.step()
-    assert [spans(t, a) for t, a in zip(model.word_labels(rows), rows.asked, strict=True)] == [s.spans for s in SENTENCES]
+    assert model.predict(rows) == [s.spans for s in SENTENCES]
     assert model.predict_entities("Anna lives in Paris.", LABELS) == [
         {"start": 0, "end": 4, "text": "Anna", "label": "PER", "score": pytest.approx(1, abs=0.2)},
-        {"start": 14, "end": 19, "text": "Paris", "label": "LOC", "score": pytest.approx(1, abs=0.2)},
+        {
+            "start": 14,
+            "end": 19,
+            "text": "Paris",
+            "label": "LOC",
+            "score": pytest.approx(1, abs=0.2),
+        },
     ]
 
 
@@ -79,7 +98,10 @@ def test_soft_targets_of_labels_not_asked_for_cost_nothing(model):
     batch = rows.collate([0, 1])
     value = losses.soft_targets(model(batch), batch.teacher, batch.mask, 2.0)
     alone = [
-        losses.soft_targets(model(rows.collate([r])), rows.collate([r]).teacher, torch.ones(1, 1).bool(), 2.0) for r in (0, 1)
+        losses.soft_targets(
+            model(rows.collate([r])), rows.collate([r]).teacher, torch.ones(1, 1).bool(), 2.0
+        )
+        for r in (0, 1)
     ]
     torch.testing.assert_close(value, torch.stack(alone).mean())
     value.backward()
@@ -87,19 +109,32 @@ def test_soft_targets_of_labels_not_asked_for_cost_nothing(model):
 
 
 TEXT = st.text(
-    st.one_of(st.sampled_from("ab \n.é\u0301👩\u200d😀नि中'-<&"), st.characters(exclude_categories=["Cs"])), max_size=60
+    st.one_of(
+        st.sampled_from("ab \n.é\u0301👩\u200d😀नि中'-<&"), st.characters(exclude_categories=["Cs"])
+    ),
+    max_size=60,
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(TEXT, max_size=4), st.lists(st.text(min_size=1, max_size=8).filter(str.strip), max_size=4), st.floats(0, 1))
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(TEXT, max_size=4),
+    st.lists(st.text(min_size=1, max_size=8).filter(str.strip), max_size=4),
+    st.floats(0, 1),
+)
 def test_any_text_gets_entities_with_exact_offsets(model, texts, labels, threshold):
     found = model.inference(texts, labels, threshold, batch_size=2)
     assert len(found) == len(texts)
     for text, entities in zip(texts, found, strict=True):
         at = 0
         for e in entities:
-            assert at <= e["start"] < e["end"] <= len(text) and e["text"] == text[e["start"] : e["end"]] and e["label"] in labels
+            assert (
+                at <= e["start"] < e["end"] <= len(text)
+                and e["text"] == text[e["start"] : e["end"]]
+                and e["label"] in labels
+            )
             assert e["text"] == e["text"].strip() and threshold < e["score"] <= 1
             at = e["end"]
         json.dumps(entities)
@@ -109,16 +144,26 @@ def test_batches_change_nothing(model):
     texts = ["Anna lives in Paris.", "", "b", "Paris " * 30, "  ", "c d e"]
     one_by_one = [model.predict_entities(t, LABELS, 0.2) for t in texts]
     for size in (1, 2, 32):
-        for ours, wanted in zip(model.inference(texts, LABELS, 0.2, batch_size=size), one_by_one, strict=True):
-            assert [(e["start"], e["label"]) for e in ours] == [(e["start"], e["label"]) for e in wanted]
-            assert [e["score"] for e in ours] == pytest.approx([e["score"] for e in wanted], abs=1e-5)
+        for ours, wanted in zip(
+            model.inference(texts, LABELS, 0.2, batch_size=size), one_by_one, strict=True
+        ):
+            assert [(e["start"], e["label"]) for e in ours] == [
+                (e["start"], e["label"]) for e in wanted
+            ]
+            assert [e["score"] for e in ours] == pytest.approx(
+                [e["score"] for e in wanted], abs=1e-5
+            )
 
 
 def test_bad_input_gets_a_defined_answer_or_one_clear_error(model):
     assert model.predict_entities("", LABELS) == [] == model.predict_entities("Anna", [])
     assert model.inference([], LABELS) == [] and len(model.inference("Anna", LABELS)) == 1
-    assert model.predict_entities("Anna x", [*LABELS, "PER"], 0.0) == model.predict_entities("Anna x", LABELS, 0.0)
-    assert model.predict_entities("Анна в городе 東京", ["местоположение", "人名", "very long label " * 9], 0.0)
+    assert model.predict_entities("Anna x", [*LABELS, "PER"], 0.0) == model.predict_entities(
+        "Anna x", LABELS, 0.0
+    )
+    assert model.predict_entities(
+        "Анна в городе 東京", ["местоположение", "人名", "very long label " * 9], 0.0
+    )
     long = model.predict_entities("Anna saw Paris. " * 3334, LABELS, 0.0)
     assert long[-1]["end"] == 16 * 3334 - 1
     for wrong, message in (
@@ -155,19 +200,24 @@ def test_saved_and_read_back_it_answers_the_same(model, tmp_path):
     again = TwinTower.from_pretrained(tmp_path / "twin")
     assert not again.training
     for text in ("Anna lives in Paris.", "😀 東"):
-        assert again.predict_entities(text, LABELS, 0.1) == model.predict_entities(text, LABELS, 0.1)
+        assert again.predict_entities(text, LABELS, 0.1) == model.predict_entities(
+            text, LABELS, 0.1
+        )
 
 
 def test_saving_never_deletes_what_is_not_its_own(model, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("mine")
     with pytest.raises(
-        FileExistsError, match=r"work: expected a new folder or an earlier save of this model, got one with \['thesis.txt'\]"
+        FileExistsError,
+        match=r"work: expected a new folder or an earlier save of this model, got \['thesis.txt'\]",
     ):
         model.save_pretrained(tmp_path / "work")
     with pytest.raises(FileExistsError, match="expected a folder or nothing, got a file"):
         model.save_pretrained(tmp_path / "work" / "thesis.txt")
-    assert [f.name for f in tmp_path.iterdir()] == ["work"] and (tmp_path / "work" / "thesis.txt").read_text() == "mine"
+    assert [f.name for f in tmp_path.iterdir()] == ["work"] and (
+        tmp_path / "work" / "thesis.txt"
+    ).read_text() == "mine"
     model.save_pretrained(tmp_path / "twin")
     model.save_pretrained(tmp_path / "twin")
     before = (tmp_path / "twin" / "model.safetensors").read_bytes()
@@ -193,7 +243,9 @@ def test_a_long_text_does_not_make_padding_of_short_ones():
 
 
 def test_a_folder_that_is_no_model_or_is_damaged_says_so(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a folder written by TwinTower.save_pretrained"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a folder written by TwinTower.save_pretrained"
+    ):
         TwinTower.from_pretrained(tmp_path)
     folder = tmp_path / "twin"
     model.save_pretrained(folder)
@@ -213,9 +265,8 @@ def test_a_folder_that_is_no_model_or_is_damaged_says_so(model, tmp_path):
 
 
 def test_at_its_full_size_it_has_at_most_six_million_parameters_and_starts_from_the_encoder():
-    backbone = backbones.load()
-    model = TwinTower(backbone.tokenizer)
-    model.start_from(backbone.encoder)
+    backbone = pretrained.load()
+    model = Twin().model(backbone, targets.pca)
     assert model.parameters_in_all <= 6_000_000
-    rows = backbones.reduced_embeddings(backbone.encoder, 128)
+    rows = targets.pca(backbone.encoder.model.get_input_embeddings().weight.detach(), 128)
     assert model.embedding.weight[: len(rows)].equal(rows)

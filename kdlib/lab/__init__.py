@@ -1,0 +1,1 @@
+"""How it is measured: studies, training, a cache, tables, figures, notebooks in batch."""

@@ -1,0 +1,61 @@
+"""The command line, `python -m kdlib` or `kdlib`."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Knowledge distillation for named entity recognition: run the study, measure its speed.",
+)
+NOTEBOOKS = "Names or beginnings of names, such as 03; all if none."
+PROFILE = "default: each notebook's own parameters, on the demo corpus. quick: seconds, for tests. "
+PROFILE += "full: real corpora, read from $KDLIB_DATA (see data/README.md)."
+
+
+@app.command()
+def study(
+    notebooks: Annotated[list[str] | None, typer.Argument(help=NOTEBOOKS)] = None,
+    profile: Annotated[str, typer.Option(help=PROFILE)] = "default",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A parameter, for every notebook run."),
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Run again what has not changed.")] = False,
+) -> None:
+    """Run the notebooks in batch; figures and tables go to figures/, the runs to build/.
+
+    A notebook that ran before with the same code, data and parameters is skipped. One that fails is
+    reported with its cell and error, the others still run, and the exit code is 1.
+
+    Examples: kdlib study 03 --set seeds=5; KDLIB_DATA=/corpora kdlib study 03 --profile full
+    """
+    from kdlib.lab import notebooks as batch
+
+    try:
+        failures = batch.command(notebooks or [], profile, set_ or [], force)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+    for failure in failures:
+        typer.echo(f"FAILED {failure}", err=True)
+    raise typer.Exit(1 if failures else 0)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="crf, gliner, students or surrogates.")],
+) -> None:
+    """Measure speed side by side in one run, and write figures/bench/NAME.csv.
+
+    crf: against pytorch-crf and torch-struct. gliner: the twin tower against GLiNER in torch, ONNX
+    and int8. students: small Transformers in turns with their teacher. surrogates: k-best labels
+    beside the teacher's forward passes.
+    """
+    from kdlib.lab import bench as benchmarks
+
+    try:
+        benchmarks.run(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -1,0 +1,346 @@
+"""Figures and tables as files, and the few pictures that several notebooks draw.
+
+Teacher grey, student alone blue, distilled orange and its neighbours: a method has the same colour
+everywhere.
+"""
+
+import itertools
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import kdlib
+from kdlib.lab import cache, scores
+from kdlib.losses import Surrogates
+from kdlib.methods import METHODS
+from kdlib.text.files import ROOT, replacing, write_text
+from kdlib.text.tags import Span
+
+COLOURS = {"teacher": "#6b6b6b"} | {m.name: m.colour for m in METHODS.values()}
+COLOURS |= {  # what notebooks call a method, or one grain of it
+    "sequence": COLOURS["weighted top-k"],
+    "label": COLOURS["multi-grained"],
+    "token": COLOURS["posterior"],
+    "undistilled": COLOURS["student alone"],
+    "undistilled thin": "#6fa8d6",
+    "hard student": COLOURS["student alone"],
+    "distilled student": COLOURS["soft targets"],
+    "distilled, same text": "#e78bb0",
+}
+
+
+@dataclass
+class Album:
+    """Where a notebook's figures and tables go, and what their captions end with."""
+
+    folder: Path
+    suffix: str = ""
+    about: str = ""
+    seeds: int = 1
+
+    def save(
+        self,
+        stem: str,
+        table: pd.DataFrame,
+        caption: str,
+        figure: Figure | None = None,
+        seeds: int | None = None,
+    ) -> None:
+        """`save` under this album's folder and suffix; the caption ends with what it is about."""
+        caption = f"{caption} {self.about}." if self.about else caption
+        seeds = self.seeds if seeds is None else seeds
+        save(self.folder / f"{stem}{self.suffix}", table, caption, figure, seeds)
+
+
+def style() -> None:
+    """Use the study's look in every figure that follows."""
+    plt.style.use(Path(__file__).parent / "kd.mplstyle")
+
+
+def save(
+    stem: Path, table: pd.DataFrame, caption: str, figure: Figure | None = None, seeds: int = 1
+) -> None:
+    """Write `stem`.csv and, with a figure, `stem`.svg, the same bytes for the same numbers, and
+    enter them in the gallery."""
+    write_text(stem.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n"))
+    if figure is not None:
+        with replacing(stem.with_suffix(".svg")) as aside:
+            figure.savefig(aside, format="svg", metadata={"Date": None, "Creator": None})
+    index = stem.parent / "index.json"
+    with cache.locked(cache.folder() / "figures"):
+        entries = json.loads(index.read_text(encoding="utf8")) if index.exists() else {}
+        entry = {"caption": caption, "figure": figure is not None, "seeds": seeds}
+        entries[stem.name] = entry | {"machine": machine(), "code": code()}
+        write_text(
+            index, json.dumps(dict(sorted(entries.items())), indent=1, ensure_ascii=False) + "\n"
+        )
+
+
+def machine() -> str:
+    """What ran this: device and threads, for the gallery and the tables."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def code() -> str:
+    """The commit that drew this, '+' if its code had been changed since; kdlib's version outside a
+    checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+" if git("status", "--porcelain", "kdlib", "notebooks", "data") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return f"kdlib {kdlib.__version__}"
+
+
+def gallery(figures: Path = ROOT / "figures") -> None:
+    """Write figures/README.md: every figure and table with its caption, data set, seeds, machine,
+    commit and notebook."""
+    lines = ["# Figures and tables", "", "Written by `python -m kdlib study`; do not edit."]
+    for index in sorted(figures.glob("*/index.json")):
+        lines += ["", f"## {index.parent.name}"]
+        for stem, entry in json.loads(index.read_text(encoding="utf8")).items():
+            sources = sorted((ROOT / "notebooks").glob(f"{stem[:2]}_*.ipynb"))
+            drawn = (
+                f" · drawn by [{sources[0].stem}](../notebooks/{sources[0].name})"
+                if sources
+                else ""
+            )
+            lines += ["", f"**{stem}** · {entry['caption']}", ""]
+            lines += [f"![{stem}]({index.parent.name}/{stem}.svg)", ""] if entry["figure"] else []
+            lines += [
+                f"[{stem}.csv]({index.parent.name}/{stem}.csv) · seeds: {entry['seeds']} · "
+                f"{entry['machine']} · code {entry['code']}{drawn}"
+            ]
+    write_text(figures / "README.md", "\n".join(lines) + "\n")
+
+
+def curves(
+    axes: Axes, table: pd.DataFrame, x: str, y: str, by: str = "method", labels: bool = True
+) -> None:
+    """Mean of y over seeds against x with its 95 % band, one line a method, named at its end where
+    `labels`."""
+    ends = []
+    for name, rows in table.groupby(by, sort=False):
+        grouped = rows.groupby(x)[y]
+        at = np.array(sorted(rows[x].unique()))
+        mean, half = np.array([scores.interval(grouped.get_group(v)) for v in at]).T
+        colour = COLOURS.get(name, "#333333")
+        axes.plot(at, mean, color=colour, label=name)
+        axes.fill_between(at, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+        ends.append((mean[-1], at[-1], name, colour))
+    if labels:
+        _label_ends(axes, ends)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names at the lines' right ends, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap, last = (high - low) * 0.065, -np.inf
+    for value, x, name, colour in sorted(ends):
+        last = max(value, last + gap)
+        axes.annotate(
+            name,
+            (x, last),
+            (6, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )
+
+
+def dots(axes: Axes, table: pd.DataFrame, value: str, order: Sequence[str]) -> None:
+    """One row a method: a dot a seed, the mean and its 95 % interval."""
+    for row, name in enumerate(reversed(order)):
+        values = table.loc[table["method"] == name, value].to_numpy()
+        mean, half = scores.interval(values)
+        colour = COLOURS.get(name, "#333333")
+        axes.errorbar(
+            mean,
+            row,
+            xerr=0 if np.isnan(half) else half,
+            fmt="o",
+            color=colour,
+            capsize=3,
+            markersize=7,
+        )
+        axes.plot(values, np.full(len(values), row - 0.22), "|", color=colour, markersize=8)
+        axes.annotate(
+            f"{mean:.2f}",
+            (mean, row),
+            (0, 9),
+            textcoords="offset points",
+            ha="center",
+            color=colour,
+            fontsize=9,
+        )
+    axes.set_yticks(range(len(order)), list(reversed(order)))
+    axes.set_ylim(-0.6, len(order) - 0.4)
+
+
+def differences(axes: Axes, compared: pd.DataFrame) -> None:
+    """`tables.compare` as a forest plot: capped bars over test sentences, thin lines over seeds, 0
+    in black."""
+    axes.axvline(0, color="black", linewidth=0.8)
+    for place, row in enumerate(compared[::-1].itertuples()):
+        colour = COLOURS.get(row.method, "#333333")
+        reach = [[row.difference - row.low], [row.high - row.difference]]
+        axes.errorbar(row.difference, place, xerr=reach, fmt="o", color=colour, capsize=3)
+        axes.plot([row.seeds_low, row.seeds_high], [place - 0.2] * 2, color=colour, alpha=0.5)
+    axes.set_yticks(range(len(compared)), (compared["method"] + " − " + compared["against"])[::-1])
+    axes.set_ylim(-0.6, len(compared) - 0.4)
+
+
+def lattice(
+    axes: Axes, words: Sequence[str], names: Sequence[str], found: Surrogates, legal: Tensor
+) -> None:
+    """The surrogate labels of one sentence: a disc a label, a line a step, both as large as their
+    counts.
+
+    Circles mark the allowed labels; dashed lines are `legal` [K, K] steps between them that no path
+    takes.
+    """
+    unary, pairwise, allowed = (x[0].tolist() for x in found)
+    low = len(names) - 1  # the first label on top
+    for i, u, v in itertools.product(range(len(words) - 1), range(len(names)), range(len(names))):
+        weight, open_to_both = pairwise[i][u][v], allowed[i][u] and allowed[i + 1][v]
+        if weight > 0:
+            axes.plot(
+                [i, i + 1],
+                [low - u, low - v],
+                color=COLOURS["sequence"],
+                linewidth=1 + 7 * weight,
+                zorder=1,
+            )
+        elif open_to_both and legal[u, v]:
+            axes.plot(
+                [i, i + 1],
+                [low - u, low - v],
+                "--",
+                color=COLOURS["label"],
+                linewidth=1.2,
+                zorder=0,
+            )
+    for i, v in itertools.product(range(len(words)), range(len(names))):
+        edge = COLOURS["label"] if allowed[i][v] else "#dddddd"
+        axes.scatter(
+            i,
+            low - v,
+            320,
+            color="white",
+            edgecolors=edge,
+            linewidths=2 if allowed[i][v] else 1,
+            zorder=2,
+        )
+        axes.scatter(
+            i, low - v, 240 * unary[i][v], color=COLOURS["sequence"], linewidths=0, zorder=3
+        )
+    axes.set_xticks(range(len(words)), words)
+    axes.set_yticks(range(len(names)), list(reversed(names)))
+    axes.set(xlim=(-0.4, len(words) - 0.6), ylim=(-0.6, len(names) - 0.4))
+    axes.grid(False)
+
+
+def quantiles(axes: Axes, table: pd.DataFrame, x: str, colour: str) -> None:
+    """Median, middle half and middle 80 % of columns 0.1, 0.25, 0.5, 0.75, 0.9 against column x."""
+    axes.fill_between(
+        table[x], table["0.1"], table["0.9"], color=colour, alpha=0.15, label="middle 80 %"
+    )
+    axes.fill_between(
+        table[x], table["0.25"], table["0.75"], color=colour, alpha=0.3, label="middle half"
+    )
+    axes.plot(table[x], table["0.5"], "o-", color=colour, label="median")
+    axes.legend(loc="lower right")
+
+
+def heat(
+    axes: Axes,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    signed: bool = False,
+) -> None:
+    """A small matrix of numbers within [-1, 1], written in the cells; `signed` centres the colours
+    on 0."""
+    values, bound = np.asarray(values, dtype=float).round(2) + 0.0, 1.0  # + 0.0 turns -0.0 into 0.0
+    axes.imshow(
+        values,
+        cmap="RdBu_r" if signed else "Blues",
+        vmin=-bound if signed else 0,
+        vmax=bound,
+        aspect="auto",
+    )
+    axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 8 else 0)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title)
+    axes.grid(False)
+    for (i, j), value in np.ndenumerate(values):
+        axes.text(
+            j,
+            i,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if abs(value) > 0.6 * bound else "black",
+        )
+
+
+def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping[str, str]) -> str:
+    """A sentence of words as HTML with its entities in colour, words joined by spaces."""
+    starts = [0]
+    for token in tokens:
+        starts.append(starts[-1] + len(token) + 1)
+    found = [{"start": starts[s.start], "end": starts[s.end] - 1, "label": s.type} for s in spans]
+    return marked_html(" ".join(tokens), found, colours)
+
+
+def marked_html(
+    text: str, entities: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
+) -> str:
+    """A text as HTML with entities {"start", "end", "label"} in colour; the text is escaped, so
+    markup in it shows as text.
+
+    ValueError for entities that overlap or leave the text.
+    """
+    out, at = [], 0
+    for entity in sorted(entities, key=lambda e: e["start"]):
+        if not at <= entity["start"] < entity["end"] <= len(text):
+            raise ValueError(
+                f"expected entities that do not overlap, within {len(text)} characters, got "
+                f"{dict(entity)}"
+            )
+        colour = colours.get(entity["label"], "#dddddd")
+        if not re.fullmatch(r"#[0-9a-fA-F]{3,8}|[a-z]+", colour):
+            raise ValueError(
+                f"colour of {entity['label']}: expected a name or #rrggbb, got {colour!r}"
+            )
+        style = f"background:{colour};padding:1px 4px;border-radius:3px"
+        out.append(escape(text[at : entity["start"]]))
+        inside, label = text[entity["start"] : entity["end"]], escape(entity["label"])
+        out.append(f'<mark style="{style}">{escape(inside)} <small>{label}</small></mark>')
+        at = entity["end"]
+    return "".join([*out, escape(text[at:])])

@@ -1,0 +1,172 @@
+"""What comes of runs: tables of scores, and paired differences with intervals over test sentences
+and over seeds."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from kdlib.lab import scores
+from kdlib.text.corpora import Parts
+from kdlib.text.tags import Sentence, Span
+
+
+@dataclass
+class Run:
+    """One trained model's results."""
+
+    method: str
+    seed: int
+    predicted: list[list[Span]]  # on test
+    history: list[dict]
+    parameters: int
+    train_seconds: float
+    student: str = ""
+
+
+def line(run: Run, parts: Parts) -> str:
+    """What to print of a run that has ended."""
+    scored = scores.scores(parts.test, run.predicted)
+    return (
+        f"{run.method:14} seed {run.seed}: test F1 {scored['f1']:5.2f}  ({run.train_seconds:.0f} s)"
+    )
+
+
+def table(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
+    """One row a run: method, seed, precision, recall, f1, parameters, train_seconds; scores in
+    percent."""
+    rows = []
+    for r in results:
+        scored = scores.scores(parts.test, r.predicted)
+        rows.append(
+            {"method": r.method, "seed": r.seed}
+            | {name: round(scored[name], 3) for name in ("precision", "recall", "f1")}
+            | {"parameters": r.parameters, "train_seconds": round(r.train_seconds, 1)}
+        )
+    return pd.DataFrame(rows)
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per method the mean over seeds, and the half-width of its 95 % interval, of f1; means of the
+    other columns."""
+    out = []
+    for method, own in rows.groupby("method", sort=False):
+        mean, half = scores.interval(own["f1"])
+        means = own[["precision", "recall", "parameters", "train_seconds"]].mean()
+        out.append(
+            {"method": method, "seeds": len(own), "f1": mean, "f1_half": half} | means.to_dict()
+        )
+    return pd.DataFrame(out).set_index("method")
+
+
+def closer_look(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
+    """Means over seeds, in percent: F1 as seqeval counts by default and strictly, agreement with
+    the teacher, F1 of each type.
+
+    Agreement takes the entities of the run's own teacher as gold; NaN where that teacher is not
+    among the results.
+    """
+    results = list(results)
+    teachers_of = {r.seed: r.predicted for r in results if r.method == "teacher"}
+    rows = []
+    for r in results:
+        teacher = teachers_of.get(
+            r.seed, next(iter(teachers_of.values())) if len(teachers_of) == 1 else None
+        )
+        kinds = scores.per_type(parts.test, r.predicted)
+        rows.append(
+            {
+                "method": r.method,
+                "f1": kinds.pop("all")["f1"],
+                "strict f1": scores.scores(parts.test, r.predicted, True)["f1"],
+            }
+            | {
+                "agreement with teacher": float("nan")
+                if teacher is None
+                else scores.agreement(r.predicted, teacher)
+            }
+            | {kind: kinds[kind]["f1"] for kind in sorted(kinds)}
+        )
+    return pd.DataFrame(rows).groupby("method", sort=False).mean().reset_index()
+
+
+def compare(
+    results: Iterable[Run],
+    parts: Parts,
+    baseline: str = "student alone",
+    reference: scores.Entities | None = None,
+) -> pd.DataFrame:
+    """F1 of each method minus the baseline's: `differences` of the runs' counts against gold, or
+    another reference of the test sentences."""
+    reference = [s.spans for s in parts.test] if reference is None else reference
+    counted: dict[str, dict[int, np.ndarray]] = {}
+    for r in results:
+        counted.setdefault(r.method, {})[r.seed] = scores.counts(reference, r.predicted)
+    return differences(counted, baseline)
+
+
+References = Mapping[str, scores.Entities]  # such as gold's, and the teacher's own
+
+
+def by_reference(
+    results: Iterable[Run], sentences: Sequence[Sentence], references: References
+) -> pd.DataFrame:
+    """One row a run and reference: scores over words, span_* over whole entities, in percent."""
+    return pd.DataFrame(
+        {"model": r.method, "seed": r.seed, "reference": name}
+        | _rounded(scores.all_scores(sentences, there, r.predicted))
+        | {"parameters": r.parameters}
+        for r in results
+        for name, there in references.items()
+    )
+
+
+def paper_table(
+    teacher: Run, results: Iterable[Run], sentences: Sequence[Sentence], references: References
+) -> pd.DataFrame:
+    """The same columns by the GLiNER -> LSTM paper's protocol: on the last test sentences, each
+    student after its last epoch."""
+    last = replace(teacher, predicted=teacher.predicted[-len(sentences) :])
+    rows = []
+    for r in results:
+        for name in references:
+            prefix, end = f"last_{name}_", r.history[-1]
+            own = {k.removeprefix(prefix): v for k, v in end.items() if k.startswith(prefix)}
+            row = {"model": r.method, "seed": r.seed, "reference": name} | _rounded(own)
+            rows.append(row | {"parameters": r.parameters})
+    return pd.concat([by_reference([last], sentences, references), pd.DataFrame(rows)])
+
+
+def histories(results: Iterable[Run]) -> pd.DataFrame:
+    """Every evaluation of every run."""
+    rows = [{"method": r.method, "seed": r.seed} | row for r in results for row in r.history]
+    return pd.DataFrame(rows)
+
+
+def _rounded(scored: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in scored.items()}
+
+
+def differences(counted: Mapping[str, Mapping[int, np.ndarray]], baseline: str) -> pd.DataFrame:
+    """F1 of each method minus the baseline's, seed by seed, from counts [n, 3] by method and seed:
+    how sure is it?
+
+    difference, low, high, p: paired bootstrap over test sentences, averaged over seeds. seeds_low,
+    seeds_high: Student's t interval of the differences per seed. The first asks whether other
+    sentences would agree, the second whether other seeds would.
+    """
+    rows = []
+    for method, own in counted.items():
+        seeds = [seed for seed in own if seed in counted[baseline]]
+        if method == baseline or not seeds:
+            continue
+        ours, theirs = (np.stack([c[seed] for seed in seeds]) for c in (own, counted[baseline]))
+        mean, half = scores.interval(scores.f1(ours) - scores.f1(theirs))
+        tested = scores.paired_bootstrap(ours, theirs)
+        rows.append(
+            {"method": method, "against": baseline}
+            | tested
+            | {"seeds_low": mean - half, "seeds_high": mean + half}
+        )
+    return pd.DataFrame(rows)

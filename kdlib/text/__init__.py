@@ -1,0 +1,1 @@
+"""Text and its labels: sentences, tags, files, corpora. Nothing here imports torch."""

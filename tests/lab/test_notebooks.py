@@ -1,0 +1,205 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill as pm
+import pytest
+from typer.testing import CliRunner
+
+from kdlib.__main__ import app
+from kdlib.lab import notebooks as study
+
+NOTEBOOKS = sorted((study.ROOT / "notebooks").glob("*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+STEM = "03_meta_structured_distillation"
+
+
+@each
+def test_is_stored_clean(path):
+    nb = nbformat.read(path, 4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    assert all(not c.outputs and c.execution_count is None for c in code)
+    assert (
+        set(nb.metadata) == {"kernelspec", "language_info"}
+        and nb.metadata.kernelspec.name == "python3"
+    )
+    assert all("id" not in c for c in nb.cells)
+
+
+@each
+def test_every_parameter_is_declared_with_help_and_used(path):
+    nb = nbformat.read(path, 4)
+    tagged = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    lines = tagged[0].source.splitlines()
+    declared = pm.inspect_notebook(path)
+    assert len(declared) == len(lines), "papermill does not see every line"
+    assert all(re.fullmatch(r"\w+: (int|float|str|bool) = [^=]+  # [^=]+", line) for line in lines)
+    rest = "\n".join(c.source for c in nb.cells if c.cell_type == "code" and c is not tagged[0])
+    assert all(re.search(rf"\b{name}\b", rest) for name in declared)
+    for profile, sets in study.study()[path.stem].items():
+        assert profile in study.PROFILES
+        for parameters in sets:
+            study.check(path.stem, parameters)
+
+
+@each
+def test_no_measured_number_stands_in_the_prose(path):
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(r"\b\d{2}\.\d+\b", cell.source), cell.source
+
+
+@each
+def test_no_code_line_is_longer_than_100_characters(path):
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code":
+            assert max(map(len, cell.source.splitlines())) <= 100, cell.source
+
+
+@pytest.mark.notebook
+@each
+def test_runs_at_quick(path, tmp_path):
+    for parameters in study.study()[path.stem]["quick"]:
+        extra = (
+            {"figures": str(tmp_path / "figures")} if "figures" in study.declared(path.stem) else {}
+        )
+        study.run(path.stem, parameters | extra, tmp_path / path.name)
+
+
+def test_study_lists_every_notebook():
+    assert sorted(study.study()) == [p.stem for p in NOTEBOOKS]
+
+
+def test_unknown_parameters_and_wrong_types_are_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"declares no parameter \['tempreature'\]"):
+        study.run(STEM, {"tempreature": 4}, tmp_path / "x.ipynb")
+    for name, value in (
+        ("seeds", "three"),
+        ("seeds", 2.5),
+        ("seeds", True),
+        ("alpha", "half"),
+        ("one_teacher", "maybe"),
+        ("dataset", 3),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            study.check(STEM, {name: value})
+    assert study.check(STEM, {"seeds": "4", "alpha": "1e-1", "one_teacher": "true"}) == {
+        "seeds": 4,
+        "alpha": 0.1,
+        "one_teacher": True,
+    }
+
+
+def small_study(tmp_path, monkeypatch, sources):
+    """A study of its own: notebooks of one cell each."""
+    (tmp_path / "notebooks").mkdir()
+    for stem, source in sources.items():
+        cells = [
+            nbformat.v4.new_code_cell("x: int = 1  # a number"),
+            nbformat.v4.new_code_cell(source),
+        ]
+        cells[0].metadata.tags = ["parameters"]
+        nb = nbformat.v4.new_notebook(
+            cells=cells,
+            metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}},
+        )
+        nbformat.write(nb, tmp_path / "notebooks" / f"{stem}.ipynb")
+    (tmp_path / "notebooks" / "study.yaml").write_text(
+        "".join(f"{stem}: {{}}\n" for stem in sources)
+    )
+    (tmp_path / "kdlib").mkdir()
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(study.plots, "gallery", lambda: None)
+    (tmp_path / "README.md").write_text("no tables\n")
+
+
+@pytest.mark.notebook
+def test_a_failing_notebook_is_reported_and_the_others_run(tmp_path, monkeypatch):
+    small_study(
+        tmp_path,
+        monkeypatch,
+        {"01_bad": "1 / 0", "02_good": f"open(r'{tmp_path}/log', 'a').write(str(x))"},
+    )
+
+    def command(*arguments):
+        return CliRunner().invoke(app, ["study", *arguments])
+
+    log = tmp_path / "log"
+    done = command()
+    assert done.exit_code == 1
+    assert "FAILED 01_bad.default: cell 1: ZeroDivisionError: division by zero" in done.stderr
+    assert re.search(r"02_good\.default +cell +2/2 +\d+ s +done", done.stdout)
+    assert log.read_text() == "1"
+    assert "skipped" in command().stdout and log.read_text() == "1"
+    assert command("02", "--set", "x=5").exit_code == 0
+    command("02", "--set", "x=5", "--force")
+    assert log.read_text() == "155"
+    assert [command("01").exit_code for _ in range(2)] == [
+        1,
+        1,
+    ]  # a failed one is never 'unchanged'
+    (tmp_path / "kdlib" / "new.py").write_text("y = 1")
+    command("02", "--set", "x=5")
+    assert log.read_text() == "1555"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["07"], "no notebook '07'"),
+        (["03", "--set", "nope=1"], "declares no parameter"),
+        (["--set", "x"], "expected NAME=VALUE, got 'x'"),
+        (["03", "--set", "dataset=no"], "no data set"),
+    ],
+)
+def test_the_command_line_refuses_what_it_does_not_know(arguments, message):
+    done = CliRunner().invoke(app, ["study", *arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_command_line_explains_itself():
+    command = [sys.executable, "-m", "kdlib"]
+    for name, word in (("study", "NAME=VALUE"), ("bench", "surrogates")):
+        done = subprocess.run([*command, name, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and word in done.stdout
+
+
+def test_the_readmes_test_command_is_cis():
+    readme = (study.ROOT / "README.md").read_text(encoding="utf8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", readme, re.S | re.M)
+    assert "python -m kdlib study" in blocks[0] and "python -m pytest" in blocks[1]
+    ci = (study.ROOT / ".ci" / "run").read_text(encoding="utf8")
+    assert blocks[1].strip() in ci
+
+
+def test_every_number_in_the_readme_is_in_a_committed_table():
+    """The README's tables are printed from figures/: each row must be found there again."""
+    readme = (study.ROOT / "README.md").read_text(encoding="utf8")
+    tables = re.findall(r"<!-- from (\S+) -->\n(.*?)\n\n", readme, re.S)
+    assert tables
+    for source, table in tables:
+        assert Path(study.ROOT / source).exists()
+        assert table.strip() == study.readme_table(study.ROOT / source).strip(), source
+
+
+def test_the_gallery_lists_what_lies_in_figures():
+    text = (study.ROOT / "figures" / "README.md").read_text(encoding="utf8")
+    for index in (study.ROOT / "figures").glob("*/index.json"):
+        for stem, entry in json.loads(index.read_text(encoding="utf8")).items():
+            assert (
+                f"{index.parent.name}/{stem}.csv" in text
+                and (index.parent / f"{stem}.csv").exists()
+            )
+            assert (index.parent / f"{stem}.svg").exists() is entry["figure"]
+
+
+def test_the_readmes_python_runs(capsys):
+    readme = (study.ROOT / "README.md").read_text(encoding="utf8")
+    for snippet in re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert "pseudo-labels" in capsys.readouterr().out

@@ -1,0 +1,92 @@
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+
+from kdlib.crf import LinearChainCRF, legal_iob2
+from kdlib.lab import plots
+from kdlib.losses import Surrogates, path_counts
+from kdlib.text.tags import Span
+
+ROWS = pd.DataFrame(
+    {
+        "method": ["posterior"] * 4,
+        "seed": [0, 0, 1, 1],
+        "step": [1, 2, 1, 2],
+        "dev_f1": [10.0, 20.0, 12.0, 24.0],
+    }
+)
+
+
+def drawn(folder):
+    plots.style()
+    figure, axes = plt.subplots()
+    plots.curves(axes, ROWS, "step", "dev_f1")
+    plots.save(folder / "03_x", ROWS, "A caption.", figure, seeds=2)
+
+
+def test_a_rerun_gives_identical_bytes(tmp_path):
+    for name in ("a", "b"):
+        drawn(tmp_path / name)
+    for file in ("03_x.svg", "03_x.csv", "index.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a" / "03_x.csv"), ROWS)
+
+
+def test_the_gallery_names_caption_seeds_and_notebook(tmp_path):
+    drawn(tmp_path / "demo")
+    plots.gallery(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "![03_x](demo/03_x.svg)" in text and "A caption." in text and "seeds: 2" in text
+    assert "03_meta_structured_distillation.ipynb" in text
+    assert json.loads((tmp_path / "demo" / "index.json").read_text())["03_x"]["figure"] is True
+
+
+def test_markup_in_a_sentence_shows_as_text():
+    html = plots.entities_html(("<script>", "A&B", "ran"), [Span(0, 2, "<b>")], {"<b>": "#ffcc00"})
+    assert "<script>" not in html and "<b>" not in html
+    assert "&lt;script&gt; A&amp;B" in html and "ran" in html
+    with pytest.raises(ValueError, match="colour of X"):
+        plots.entities_html(("a",), [Span(0, 1, "X")], {"X": 'red" onload="x'})
+
+
+def test_marked_text_is_escaped_whatever_it_holds():
+    text = "<b>Rome</b> & 'x'"
+    html = plots.marked_html(text, [{"start": 3, "end": 7, "label": "<i>"}], {"<i>": "#ffcc00"})
+    assert "<b>" not in html and "<i>" not in html
+    assert (
+        html.startswith("&lt;b&gt;<mark")
+        and "Rome <small>&lt;i&gt;</small></mark>&lt;/b&gt; &amp; &#x27;x&#x27;" in html
+    )
+    with pytest.raises(ValueError, match="expected entities that do not overlap"):
+        plots.marked_html(
+            "New York",
+            [{"start": 0, "end": 8, "label": "x"}, {"start": 4, "end": 8, "label": "x"}],
+            {},
+        )
+
+
+def test_a_lattice_shows_every_count_and_dashes_what_is_only_legal():
+    crf = LinearChainCRF(3, legal_iob2(["O", "B-X", "I-X"]))
+    paths = torch.tensor([[[0, 0, 0], [1, 2, 0]]])
+    unary, pairwise = path_counts(
+        paths, torch.tensor([[0.6, 0.4]]), torch.ones(1, 3, dtype=torch.bool), 3
+    )
+    _, axes = plt.subplots()
+    plots.lattice(
+        axes,
+        ["a", "b", "c"],
+        ["O", "B-X", "I-X"],
+        Surrogates(unary, pairwise, unary > 0),
+        crf.legal_transitions,
+    )
+    steps = {(tuple(line.get_ydata()), line.get_linestyle()) for line in axes.lines}
+    assert steps == {
+        ((2, 2), "-"),
+        ((1, 0), "-"),
+        ((0, 2), "-"),
+        ((1, 2), "--"),
+    }  # O I is no IOB2, B O is in no path
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["I-X", "B-X", "O"]
