@@ -84,9 +84,7 @@ class Encoded:
     labels: list[str]
     teacher: list[Tensor] | None = None
     surrogates: list[Surrogates] | None = None
-    shapes: list[list[list[int]]] | None = (
-        None  # as windows: of each piece its word's, for a model that reads them
-    )
+    shapes: list[list[list[int]]] | None = None  # as windows: of each piece its word's
     layers: Collates | None = None  # what a teacher's layers hold on the windows
 
     def __len__(self) -> int:
@@ -108,15 +106,11 @@ class Encoded:
         width, length = max(map(len, windows)), max(len(self.firsts[r]) for r in rows)
         pieces = torch.tensor([w + [self.pad] * (width - len(w)) for w in windows])
         sizes = torch.tensor([len(w) for w in windows])
-        first, tags = (
-            torch.zeros(len(rows), length, dtype=torch.long),
-            torch.zeros(len(rows), length, dtype=torch.long),
-        )
+        first, tags = torch.zeros(2, len(rows), length, dtype=torch.long)
         offset = 0
         for i, r in enumerate(rows):
-            first[i, : len(self.firsts[r])] = torch.tensor(
-                [(offset + w) * width + p for w, p in self.firsts[r]]
-            )
+            places = [(offset + w) * width + p for w, p in self.firsts[r]]
+            first[i, : len(places)] = torch.tensor(places)
             tags[i, : len(self.tags[r] or ())] = torch.tensor(self.tags[r] or (), dtype=torch.long)
             offset += len(self.windows[r])
         return Batch(
@@ -177,20 +171,13 @@ def encode(
         windows.append([before + c + after for c in cut])
         shapes.append([[0] * len(before) + s + [0] * len(after) for s in shaped])
         firsts.append(where)
-        unknown = (
-            {t for t in sentence.tags if t not in number} if sentence.spans is not None else ()
-        )
+        own = None if sentence.spans is None else sentence.tags
+        unknown = sorted(set(own or ()) - number.keys())
         if unknown:
-            raise ValueError(f"expected tags among {list(labels)}, got {sorted(unknown)}")
-        tags.append([number[t] for t in sentence.tags] if sentence.spans is not None else None)
-    return Encoded(
-        windows,
-        firsts,
-        tags,
-        tokenizer.pad_token_id,
-        list(labels),
-        shapes=shapes if with_shapes else None,
-    )
+            raise ValueError(f"expected tags among {list(labels)}, got {unknown}")
+        tags.append(own and [number[t] for t in own])
+    found = Encoded(windows, firsts, tags, tokenizer.pad_token_id, list(labels))
+    return replace(found, shapes=shapes) if with_shapes else found
 
 
 def shape(word: str) -> int:

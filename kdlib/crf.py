@@ -119,9 +119,7 @@ class LinearChainCRF(nn.Module):
         step = torch.cat(
             [torch.zeros_like(chain[:, :1]), transitions[tags[:, :-1]]], 1
         )  # from the label of y before
-        along = (
-            _weighted(own.to(chain), step + chain).sum(2).cumsum(1)
-        )  # the score of y up to each word
+        along = _weighted(own.to(chain), step + chain).sum(2).cumsum(1)  # the score of y so far
         kept = torch.cat([torch.zeros_like(along[:, :1]), along[:, :-1]], 1)
         left = kept + logsumexp((step + chain + after).masked_fill(own, NEG_INF), 2)
         return logsumexp(left.masked_fill(~mask, NEG_INF), 1) - self.log_partition(emissions, mask)
@@ -362,9 +360,8 @@ def _rescaled(chain: Tensor, transitions: Tensor, lengths: Tensor) -> _Rescaled:
     mask = torch.arange(chain.shape[1], device=chain.device) < lengths[:, None]
     top = chain.amax(2, keepdim=True)
     weight = (chain - top).exp()
-    weights = (
-        torch.stack([weight, reversed_rows(weight, lengths)]).permute(2, 0, 1, 3).contiguous()
-    )  # [L, 2, B, K]
+    weights = torch.stack([weight, reversed_rows(weight, lengths)])
+    weights = weights.permute(2, 0, 1, 3).contiguous()  # [L, 2, B, K]
     peak = transitions.max()
     step = (transitions - peak).exp()
     steps = torch.stack([step, step.T])

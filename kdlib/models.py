@@ -31,9 +31,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.model = model
         config = model.config
-        reserved = (
-            config.pad_token_id + 1 if "roberta" in config.model_type else 0
-        )  # its positions start after the padding's
+        roberta = "roberta" in config.model_type  # its positions start after the padding's
+        reserved = config.pad_token_id + 1 if roberta else 0
         self.width, self.max_pieces = config.hidden_size, config.max_position_embeddings - reserved
 
     def forward(self, pieces: Tensor, piece_mask: Tensor) -> Tensor:

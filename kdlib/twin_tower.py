@@ -11,9 +11,8 @@ from its pieces.
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdlib.batches import in_turn
 from kdlib.crf import Chain, reversed_rows
+from kdlib.text import calls
 from kdlib.text.files import saving
 from kdlib.text.readers import WORD
 from kdlib.text.tags import Sentence, Span, word_runs
 
 CONFIG = "twin_tower.json"
-MOST_WORDS = 16_000  # of a batch in `inference`, padding included
+DAMAGED = (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 
 
 @dataclass
@@ -41,6 +41,10 @@ class Bags:
 
     pieces: Tensor
     starts: Tensor
+
+    def to(self, device: torch.device | str) -> "Bags":
+        """The same on another device."""
+        return Bags(self.pieces.to(device), self.starts.to(device))
 
 
 @dataclass
@@ -64,16 +68,9 @@ class OpenBatch:
 
     def to(self, device: torch.device | str) -> "OpenBatch":
         """The same batch on another device."""
-        bags = {
-            k: Bags(b.pieces.to(device), b.starts.to(device))
-            for k, b in (("words", self.words), ("labels", self.labels))
-        }
-        rest = ("mask", "asked", "tags", "labelled", "teacher")
-        return replace(
-            self,
-            **bags,
-            **{k: getattr(self, k).to(device) for k in rest if getattr(self, k) is not None},
-        )
+        names = ("words", "labels", "mask", "asked", "tags", "labelled", "teacher")
+        parts = {k: getattr(self, k) for k in names if getattr(self, k) is not None}
+        return replace(self, **{k: part.to(device) for k, part in parts.items()})
 
 
 @dataclass
@@ -101,13 +98,10 @@ class OpenRows:
         column = {label: 1 + i for i, label in enumerate(labels)}
         lengths = torch.tensor([len(self.words[r]) for r in rows])
         shape = len(rows), int(lengths.max())
-        asked, tags = (
-            torch.zeros(len(rows), 1 + len(labels), dtype=torch.bool),
-            torch.zeros(shape, dtype=torch.long),
-        )
-        teacher = (
-            None if self.teacher is None else torch.full((*shape, 1 + len(labels)), float("-inf"))
-        )
+        asked = torch.zeros(len(rows), 1 + len(labels), dtype=torch.bool)
+        tags, teacher = torch.zeros(shape, dtype=torch.long), None
+        if self.teacher is not None:
+            teacher = torch.full((*shape, 1 + len(labels)), float("-inf"))
         columns = [torch.tensor([0, *(column[label] for label in self.asked[r])]) for r in rows]
         for i, (r, own) in enumerate(zip(rows, columns, strict=True)):
             asked[i, own] = True
@@ -157,9 +151,8 @@ class TwinTower(nn.Module):
         if buckets < 1:
             raise ValueError(f"buckets: expected at least 1, got {buckets}")
         self.tokenizer = tokenizer
-        self._splitter = Tokenizer.from_str(
-            tokenizer.backend_tokenizer.to_str()
-        )  # our own: nobody else can set it to truncate
+        own = tokenizer.backend_tokenizer.to_str()  # nobody else can set ours to truncate
+        self._splitter = Tokenizer.from_str(own)
         self._splitter.no_truncation()
         self._splitter.no_padding()
         self._known: dict[str, tuple[int, ...]] = {}
@@ -236,13 +229,10 @@ class TwinTower(nn.Module):
     def _pieces_of_word(self, word: str) -> list[int]:
         raw = word.encode("utf8", "surrogatepass")
         whole = raw.decode("utf8", "ignore") == word
-        ids = (
-            self._splitter.encode([word], is_pretokenized=True, add_special_tokens=False).ids
-            if whole
-            else []
-        )
-        if ids and self.tokenizer.unk_token_id not in ids:
-            return ids
+        if whole:
+            split = self._splitter.encode([word], is_pretokenized=True, add_special_tokens=False)
+            if split.ids and self.tokenizer.unk_token_id not in split.ids:
+                return split.ids
         return [len(self.tokenizer) + zlib.crc32(raw) % self.config["buckets"]]
 
     def encode(
@@ -322,10 +312,8 @@ class TwinTower(nn.Module):
         length, empty too. Entities never overlap: `flat_ner=False` and `multi_label=True` are
         errors. A label asked for twice counts once; with no labels nothing is found.
         """
-        texts, labels = [texts] if isinstance(texts, str) else list(texts), _checked_labels(labels)
-        _check_calls(texts, threshold, flat_ner, multi_label)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected a whole number from 1, got {batch_size!r}")
+        texts, labels = [texts] if isinstance(texts, str) else list(texts), calls.labels_of(labels)
+        calls.check(texts, threshold, flat_ner, multi_label, batch_size)
         found: list[list[dict[str, Any]]] = [[] for _ in texts]
         words = [[(m.start(), m.end()) for m in WORD.finditer(text)] for text in texts]
         rows = sorted((i for i, w in enumerate(words) if w), key=lambda i: len(words[i]))
@@ -333,20 +321,16 @@ class TwinTower(nn.Module):
             return found
         was_training, device = self.training, self.none.device
         self.eval()
-        towers = self.label_vectors(_to(_bags([self.pieces(label) for label in labels]), device)).T
-        for part in _batches(rows, [len(w) for w in words], batch_size):
+        towers = self.label_vectors(_bags([self.pieces(label) for label in labels]).to(device)).T
+        for part in calls.batches(rows, [len(w) for w in words], batch_size):
             lengths = [len(words[i]) for i in part]
-            mask = (
-                torch.arange(max(lengths), device=device)
-                < torch.tensor(lengths, device=device)[:, None]
-            )
-            bags = _to(
-                _bags([self.pieces(texts[i][a:b]) for i in part for a, b in words[i]]), device
-            )
-            scores = self.word_vectors(bags, mask) @ towers
+            ends = torch.tensor(lengths, device=device)[:, None]
+            mask = torch.arange(max(lengths), device=device) < ends
+            bags = _bags([self.pieces(texts[i][a:b]) for i in part for a, b in words[i]])
+            scores = self.word_vectors(bags.to(device), mask) @ towers
             likely, best = (t.tolist() for t in _decide(scores.softmax(-1), threshold))
             for i, p, b in zip(part, likely, best, strict=True):
-                found[i] = _entities(texts[i], words[i], p, b, labels)
+                found[i] = calls.entities(texts[i], words[i], p, b, labels)
         self.train(was_training)
         return found
 
@@ -355,10 +339,8 @@ class TwinTower(nn.Module):
         all."""
         with saving(folder) as aside:
             self.tokenizer.save_pretrained(aside)
-            save_file(
-                {k: v.contiguous() for k, v in self.state_dict().items()},
-                aside / "model.safetensors",
-            )
+            weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+            save_file(weights, aside / "model.safetensors")
             (aside / CONFIG).write_text(json.dumps(self.config, indent=1), encoding="utf8")
 
     @classmethod
@@ -371,20 +353,10 @@ class TwinTower(nn.Module):
                 f"{folder}: expected a folder written by TwinTower.save_pretrained, with a {CONFIG}"
             )
         try:
-            model = cls(
-                AutoTokenizer.from_pretrained(folder),
-                **json.loads((folder / CONFIG).read_text(encoding="utf8")),
-            )
+            config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
+            model = cls(AutoTokenizer.from_pretrained(folder), **config)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (
-            OSError,
-            SafetensorError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-        ) as error:
+        except DAMAGED as error:
             reason = (str(error).splitlines() or [""])[0]
             raise ValueError(
                 f"{folder}: expected the files of a whole TwinTower, got {type(error).__name__}: "
@@ -393,74 +365,9 @@ class TwinTower(nn.Module):
         return model.eval()
 
 
-def _batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Rows, shortest first, at most `size` at once and fewer where a long text would make much
-    padding of the others."""
-    part: list[int] = []
-    for row in rows:
-        if part and (len(part) == size or (len(part) + 1) * lengths[row] > MOST_WORDS):
-            yield part
-            part = []
-        part.append(row)
-    yield part
-
-
-def _to(bags: Bags, device: torch.device) -> Bags:
-    return Bags(bags.pieces.to(device), bags.starts.to(device))
-
-
 def _decide(probabilities: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Of [..., 1 + labels]: how likely a word is part of an entity; its label, from 1, or 0 where
     that is not over `threshold`."""
     likely = 1 - probabilities[..., 0]
     best = probabilities[..., 1:].argmax(-1) + 1
     return likely, best * (likely > threshold)
-
-
-def _entities(
-    text: str,
-    words: Sequence[tuple[int, int]],
-    likely: Sequence[float],
-    best: Sequence[int],
-    labels: Sequence[str],
-) -> list[dict[str, Any]]:
-    out = []
-    for first, end, number in word_runs(best[: len(words)]):
-        start, stop = words[first][0], words[end - 1][1]
-        score = sum(likely[first:end]) / (end - first)
-        out.append(
-            {
-                "start": start,
-                "end": stop,
-                "text": text[start:stop],
-                "label": labels[number - 1],
-                "score": score,
-            }
-        )
-    return out
-
-
-def _checked_labels(labels: Sequence[str]) -> list[str]:
-    if (
-        isinstance(labels, str)
-        or not isinstance(labels, Sequence)
-        or not all(isinstance(x, str) for x in labels)
-    ):
-        raise TypeError(f"labels: expected a list of strings, got {labels!r:.80}")
-    empty = [x for x in labels if not x.strip()]
-    if empty:
-        raise ValueError(f"labels: expected words, got {empty[0]!r}")
-    return list(dict.fromkeys(labels))
-
-
-def _check_calls(texts: Sequence[str], threshold: float, flat_ner: bool, multi_label: bool) -> None:
-    wrong = next((t for t in texts if not isinstance(t, str)), None)
-    if wrong is not None:
-        raise TypeError(f"texts: expected strings, got {type(wrong).__name__}")
-    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: expected a probability from 0 to 1, got {threshold!r}")
-    if not flat_ner or multi_label:
-        raise ValueError(
-            "a TwinTower gives each word one label: expected flat_ner=True and multi_label=False, "
-            f"got flat_ner={flat_ner}, multi_label={multi_label}"
-        )

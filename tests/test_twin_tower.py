@@ -11,8 +11,9 @@ from torch import nn
 from kdlib import losses
 from kdlib.lab import targets
 from kdlib.students import Twin, pretrained
+from kdlib.text.calls import batches
 from kdlib.text.tags import Sentence, Span, word_runs
-from kdlib.twin_tower import TwinTower, _batches
+from kdlib.twin_tower import TwinTower
 
 LABELS = ("PER", "LOC")
 
@@ -238,7 +239,7 @@ def test_saving_never_deletes_what_is_not_its_own(model, tmp_path, monkeypatch):
 
 def test_a_long_text_does_not_make_padding_of_short_ones():
     lengths = [2] * 40 + [9000, 9000]
-    found = list(_batches(range(42), lengths, 32))
+    found = list(batches(range(42), lengths, 32))
     assert found == [list(range(32)), list(range(32, 40)), [40], [41]]
 
 

@@ -55,11 +55,8 @@ def _operations(
     length."""
     torch.manual_seed(0)
     ours, peer = LinearChainCRF(num_labels), torchcrf.CRF(num_labels, batch_first=True)
-    peer.start_transitions.data, peer.end_transitions.data, peer.transitions.data = (
-        ours.start.data,
-        ours.end.data,
-        ours.transitions.data,
-    )
+    peer.start_transitions.data, peer.end_transitions.data = ours.start.data, ours.end.data
+    peer.transitions.data = ours.transitions.data
     emissions = torch.randn(batch, length, num_labels, requires_grad=True)
     tags = torch.randint(0, num_labels, (batch, length))
     lengths = torch.randint(length // 2, length + 1, (batch,))
@@ -101,9 +98,8 @@ def crf() -> pd.DataFrame:
     rows = []
     for shape in SHAPES:
         for (operation, peer), pair in _operations(*shape).items():
-            sides = {
-                name: lambda _, call=call: call() for name, call in zip("op", pair, strict=True)
-            }
+            calls = zip(("ours", "peer"), pair, strict=True)
+            sides = {name: lambda _, call=call: call() for name, call in calls}
             taken = timing.in_turns(sides, 1, 6.0)
             ours_ms, peer_ms = (statistics.median(t) for t in taken.values())
             sizes = dict(zip("BLK", shape, strict=True))
@@ -184,9 +180,8 @@ def _runtimes(model: GLiNER) -> dict[str, GLiNER]:
         warnings.simplefilter("ignore")  # the exporter's remarks on gliner's code
         model.export_to_onnx(folder)
         options = onnxruntime.SessionOptions()
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # its idle threads would take our turn's cores
+        # its idle threads would take our turn's cores
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         onnx = GLiNER.from_pretrained(folder, runtime="onnxruntime", session_options=options)
         int8 = copy.deepcopy(model)
         int8.quantize("int8")
@@ -220,30 +215,18 @@ def gliner(seconds: float = 8.0) -> pd.DataFrame:
                     for side, model in (("ours", student), ("theirs", peer))
                 }
                 taken = timing.in_turns(calls, len(chunks), seconds)
-                ours, theirs = (
-                    {
-                        "p50_ms": statistics.median(t) / batch,
-                        "p95_ms": statistics.quantiles(t, n=20)[-1] / batch,
-                    }
-                    for t in taken.values()
-                )
-                found = {
-                    "operation": f"batch {batch}",
-                    "peer": name,
-                    "runtime": runtime,
-                    "rounds": len(taken["ours"]),
-                }
-                found |= {f"ours_{k}": round(v, 3) for k, v in ours.items()} | {
-                    f"peer_{k}": round(v, 3) for k, v in theirs.items()
-                }
-                found |= {
-                    "ours_per_second": round(1000 / ours["p50_ms"]),
-                    "peer_per_second": round(1000 / theirs["p50_ms"], 1),
-                }
-                found |= {
-                    "ours_parameters": student.parameters_in_all,
-                    "ratio": round(theirs["p50_ms"] / ours["p50_ms"], 1),
-                }
+                found = {"operation": f"batch {batch}", "peer": name, "runtime": runtime}
+                found |= {"rounds": len(taken["ours"])}
+                p50 = {}
+                for side, t in zip(("ours", "peer"), taken.values(), strict=True):
+                    p50[side] = statistics.median(t) / batch
+                    p95 = statistics.quantiles(t, n=20)[-1] / batch
+                    found |= {f"{side}_p50_ms": round(p50[side], 3)}
+                    found |= {f"{side}_p95_ms": round(p95, 3)}
+                found |= {"ours_per_second": round(1000 / p50["ours"])}
+                found |= {"peer_per_second": round(1000 / p50["peer"], 1)}
+                found |= {"ours_parameters": student.parameters_in_all}
+                found |= {"ratio": round(p50["peer"] / p50["ours"], 1)}
                 rows.append(found)
                 print(found, flush=True)
     return pd.DataFrame(rows)

@@ -64,10 +64,7 @@ def _feed(sha: "hashlib._Hash", part: Any) -> None:
             for m in part.modules()
             if hasattr(getattr(m, "config", None), "to_dict")
         ]
-        origin = (
-            "_name_or_path",
-            "transformers_version",
-        )  # where a model came from, not what it is
+        origin = ("_name_or_path", "transformers_version")  # where it came from, not what it is
         shapes = [{k: str(v) for k, v in config.items() if k not in origin} for config in configs]
         _feed(sha, (repr(part), shapes, dict(part.named_parameters()), dict(part.named_buffers())))
     elif dataclasses.is_dataclass(part) and not isinstance(part, type):

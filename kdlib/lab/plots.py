@@ -122,17 +122,12 @@ def gallery(figures: Path = ROOT / "figures") -> None:
         lines += ["", f"## {index.parent.name}"]
         for stem, entry in json.loads(index.read_text(encoding="utf8")).items():
             sources = sorted((ROOT / "notebooks").glob(f"{stem[:2]}_*.ipynb"))
-            drawn = (
-                f" · drawn by [{sources[0].stem}](../notebooks/{sources[0].name})"
-                if sources
-                else ""
-            )
+            drawn = [f"drawn by [{s.stem}](../notebooks/{s.name})" for s in sources[:1]]
             lines += ["", f"**{stem}** · {entry['caption']}", ""]
             lines += [f"![{stem}]({index.parent.name}/{stem}.svg)", ""] if entry["figure"] else []
-            lines += [
-                f"[{stem}.csv]({index.parent.name}/{stem}.csv) · seeds: {entry['seeds']} · "
-                f"{entry['machine']} · code {entry['code']}{drawn}"
-            ]
+            told = [f"[{stem}.csv]({index.parent.name}/{stem}.csv)", f"seeds: {entry['seeds']}"]
+            told += [entry["machine"], f"code {entry['code']}", *drawn]
+            lines += [" · ".join(told)]
     write_text(figures / "README.md", "\n".join(lines) + "\n")
 
 

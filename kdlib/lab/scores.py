@@ -117,11 +117,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values.mean()), float("nan")
-    half = (
-        stats.t.ppf((1 + confidence) / 2, len(values) - 1)
-        * values.std(ddof=1)
-        / np.sqrt(len(values))
-    )
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error
     return float(values.mean()), float(half)
 
 

@@ -28,7 +28,7 @@ from kdlib.methods import (
     Lesson,
     Method,
 )
-from kdlib.models import Pupil, Tagger
+from kdlib.models import Pupil, Tagger, Transformer
 from kdlib.students import STUDENTS, Cut, Student, Thin, Twin, pretrained, projection
 from kdlib.students.pretrained import Backbone
 from kdlib.teachers.gliner import Told
@@ -142,6 +142,14 @@ class Study:
             missing = sorted(method.needs - has)
             if missing:
                 raise Lacks(f"the method {method.name!r} needs {missing}, which {who} lacks")
+        if LAYERS in method.needs and isinstance(self.teacher, str):
+            own, other = shape(self._backbone(0).encoder), self._shape_of_teacher()
+            if own[: 1 + (WIDE in method.needs)] != other[: 1 + (WIDE in method.needs)]:
+                raise Lacks(
+                    f"the method {method.name!r} needs layers of as many heads (and for some "
+                    f"methods as wide), got {own} in {self.encoder!r} and {other} in its teacher "
+                    f"{self.teacher!r}: let the students start from the teacher's own encoder"
+                )
         if method.quiz and not 0 < self.quiz < len(self.parts.labelled):
             raise ValueError(
                 f"quiz: expected some, not all, of {len(self.parts.labelled)} labelled sentences, "
@@ -156,6 +164,11 @@ class Study:
             layers = {LAYERS, WIDE} if self.encoder != "characters" else set()
             return frozenset({WORDS, SEQUENCES, PATHS, LIVE} | layers)
         return self.taught(0)[0].tells | {WIDE}
+
+    def _shape_of_teacher(self) -> tuple[int, int]:
+        """Heads and width of its layers."""
+        fitted = isinstance(self.teacher, Fitted)
+        return shape((self._backbone(0) if fitted else self.taught(0)[0].tagger).encoder)
 
     # ---- runs ----
 
@@ -179,14 +192,12 @@ class Study:
         for seed in seeds:
             for method in wanted:
                 if method != "teacher":
-                    done += [self.run(method, student, seed) for student in students]
-                elif not (done and self.one):  # there is but one: the same run again
-                    done.append(self.taught(seed)[1])
-                else:
-                    continue
-                if show:
-                    for run in done[-len(students) if method != "teacher" else -1 :]:
-                        print(tables.line(run, self.parts), flush=True)
+                    found = [self.run(method, student, seed) for student in students]
+                else:  # where there is but one, the first seed has it
+                    found = [] if done and self.one else [self.taught(seed)[1]]
+                done += found
+                for run in found if show else ():
+                    print(tables.line(run, self.parts), flush=True)
         return done
 
     @property
@@ -296,7 +307,7 @@ class Study:
         model = self.new_student(student, seed)
         fitted: nn.Module = model
         if LAYERS in method.needs:
-            fitted = Pupil(model, self._backbone(seed).encoder.width)
+            fitted = Pupil(model, self._shape_of_teacher()[1])
         if isinstance(own, Thin):
             fitted = self._started(fitted, own, method.start, seed)
         settings = Settings(
@@ -542,6 +553,12 @@ class Study:
 
 TEACHER = ["teacher"]  # what marks a teacher's own lessons
 IMITATION = Method("general stage", "adaptive, stage 1", methods.imitation)
+
+
+def shape(encoder: Transformer) -> tuple[int, int]:
+    """Heads and width of an encoder's layers."""
+    config = encoder.model.config
+    return config.num_attention_heads, config.hidden_size
 
 
 def named(method: str | Method) -> Method:

@@ -101,11 +101,9 @@ def with_surrogates(
         "surrogates", key, lambda: _counted(data, teacher, k, weight_temperature)
     )
     words = data.lengths
-    parts = (
-        stored["unary"].split(words),
-        stored["pairwise"].split([n - 1 for n in words]),
-        stored["allowed"].split(words),
-    )
+    steps = [n - 1 for n in words]
+    parts = stored["unary"].split(words), stored["pairwise"].split(steps)
+    parts += (stored["allowed"].split(words),)
     return replace(data, surrogates=[Surrogates(*own) for own in zip(*parts, strict=True)])
 
 

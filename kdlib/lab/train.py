@@ -26,9 +26,7 @@ class Settings:
     batch_size: int = 16
     encoder_rate: float = 1e-4
     head_rate: float = 1e-3
-    crf_rate: float = (
-        1e-2  # a CRF's few scores must move by whole units, an encoder's weights by thousandths
-    )
+    crf_rate: float = 1e-2  # a CRF's few scores must move by whole units
     warmup: float = 0.1
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -89,10 +87,8 @@ def fit(
         start = time.perf_counter()
         epoch, position = divmod(state["step"], per_epoch)
         if epoch != shuffled:
-            batches, shuffled = (
-                order(data, settings.batch_size, settings.seed + 1000 * epoch),
-                epoch,
-            )
+            batches = order(data, settings.batch_size, settings.seed + 1000 * epoch)
+            shuffled = epoch
         rows = batches[position]
         own = rows[accelerator.process_index :: accelerator.num_processes] or rows[:1]
         batch = data.collate(own).to(accelerator.device)
@@ -141,11 +137,8 @@ def _groups(model: nn.Module, settings: Settings) -> list[dict]:
 
 def _set_rate(optimizer: torch.optim.Optimizer, step: int, settings: Settings) -> None:
     warm = max(1, round(settings.warmup * settings.steps))
-    share = (
-        (step + 1) / warm
-        if step < warm
-        else (settings.steps - step) / max(1, settings.steps - warm)
-    )
+    share = (settings.steps - step) / max(1, settings.steps - warm)
+    share = (step + 1) / warm if step < warm else share
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
 

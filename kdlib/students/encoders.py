@@ -100,8 +100,7 @@ def reduce_by_pca(table: Tensor, width: int) -> Tensor:
     centred = table.double() - table.double().mean(0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     vectors = vectors.flip(1)[:, :width]
-    vectors = (
-        vectors * vectors[vectors.abs().argmax(0), torch.arange(width)].sign()
-    )  # an eigenvector's sign is arbitrary: fix it
+    largest = vectors[vectors.abs().argmax(0), torch.arange(width)]
+    vectors = vectors * largest.sign()  # an eigenvector's sign is arbitrary: fix it
     reduced = centred @ vectors
     return (reduced / reduced.std()).to(table.dtype)

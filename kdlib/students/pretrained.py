@@ -73,10 +73,8 @@ def load(name: str = "minilm") -> Backbone:
 def quiet() -> Iterator[None]:
     """Keep transformers from drawing bars, and from reporting that a pooler nobody asked for was
     left in the file."""
-    level, bars = (
-        transformers.logging.get_verbosity(),
-        transformers.logging.is_progress_bar_enabled(),
-    )
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

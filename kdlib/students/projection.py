@@ -157,9 +157,8 @@ def _attention(theirs: nn.Module, own: nn.Module, basis: Tensor, inputs: Tensor)
     )
     out = (basis.T @ theirs.output.dense.weight).double().unflatten(1, (heads, wide))
     u, s, v = torch.linalg.svd(half @ query.transpose(1, 2) @ key @ half)
-    root = (
-        math.sqrt(narrow / wide) * s[:, :narrow]
-    ).sqrt()  # scores are divided by the root of the head size
+    size = math.sqrt(narrow / wide)  # scores are divided by the root of the head size
+    root = (size * s[:, :narrow]).sqrt()
     made = {
         "query": (u[:, :, :narrow] * root[:, None]).transpose(1, 2) @ inverse,
         "key": root[:, :, None] * v[:, :narrow] @ inverse,

@@ -530,6 +530,8 @@ def test_a_hugging_face_classifier_teaches_from_a_folder(study, tiny_folder, tmp
     runs = told.runs(["teacher", "posterior", "pseudo-labels"], ["bilstm"], [0])
     runs += told.runs(["adaptive", "msd"], ["transformer"], [0])
     assert all(np.isfinite(r.history[-1]["loss"]) for r in runs[1:])
+    with pytest.raises(Lacks, match=r"'adaptive' needs layers of as many heads .*got \(12, 384\)"):
+        replace(told, encoder="minilm").runs(["adaptive"], ["thin"], [0])
 
 
 def test_a_classifier_with_other_labels_is_refused(study, tiny_folder, tmp_path):

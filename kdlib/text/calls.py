@@ -1,0 +1,67 @@
+"""GLiNER's calls without a model: what they take, in which batches, and the form of an answer."""
+
+from collections.abc import Iterator, Sequence
+from numbers import Real
+from typing import Any
+
+from kdlib.text.tags import word_runs
+
+MOST_WORDS = 16_000  # of a batch, padding included
+
+
+def batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Rows, shortest first, at most `size` at once and fewer where a long text would make much
+    padding of the others."""
+    part: list[int] = []
+    for row in rows:
+        if part and (len(part) == size or (len(part) + 1) * lengths[row] > MOST_WORDS):
+            yield part
+            part = []
+        part.append(row)
+    yield part
+
+
+def entities(
+    text: str,
+    words: Sequence[tuple[int, int]],
+    likely: Sequence[float],
+    best: Sequence[int],
+    labels: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Runs of words with one best label, in characters; `likely` is averaged into a score."""
+    out = []
+    for first, end, number in word_runs(best[: len(words)]):
+        start, stop = words[first][0], words[end - 1][1]
+        score = sum(likely[first:end]) / (end - first)
+        found = {"start": start, "end": stop, "text": text[start:stop]}
+        out.append(found | {"label": labels[number - 1], "score": score})
+    return out
+
+
+def labels_of(labels: Sequence[str]) -> list[str]:
+    """The labels asked for, each once; TypeError or ValueError for what are no labels."""
+    listed = isinstance(labels, Sequence) and not isinstance(labels, str)
+    if not listed or not all(isinstance(x, str) for x in labels):
+        raise TypeError(f"labels: expected a list of strings, got {labels!r:.80}")
+    empty = [x for x in labels if not x.strip()]
+    if empty:
+        raise ValueError(f"labels: expected words, got {empty[0]!r}")
+    return list(dict.fromkeys(labels))
+
+
+def check(
+    texts: Sequence[str], threshold: float, flat_ner: bool, multi_label: bool, batch_size: int
+) -> None:
+    """TypeError or ValueError for arguments that cannot be answered."""
+    wrong = next((t for t in texts if not isinstance(t, str)), None)
+    if wrong is not None:
+        raise TypeError(f"texts: expected strings, got {type(wrong).__name__}")
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a probability from 0 to 1, got {threshold!r}")
+    if not flat_ner or multi_label:
+        raise ValueError(
+            "a TwinTower gives each word one label: expected flat_ner=True and multi_label=False, "
+            f"got flat_ner={flat_ner}, multi_label={multi_label}"
+        )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a whole number from 1, got {batch_size!r}")
