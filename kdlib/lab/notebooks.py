@@ -118,13 +118,19 @@ def _typed(stem: str, name: str, value: Any, kind: str) -> Any:
     raise ValueError(f"{stem}: {name}: expected {kind}, got {value}")
 
 
+def _sources() -> list[Path]:
+    """kdlib's own files, at any depth."""
+    kinds = (".py", ".yaml", ".mplstyle")
+    return sorted(f for f in (ROOT / "kdlib").rglob("*") if f.suffix in kinds)
+
+
 def key(stem: str, parameters: Mapping[str, Any]) -> str:
     """A digest of all that a run depends on: the notebook, kdlib's files, the parameters, the
     data."""
     used = {name: cell["default"] for name, cell in declared(stem).items()} | {
         k: repr(v) for k, v in parameters.items()
     }
-    files = [ROOT / "notebooks" / f"{stem}.ipynb", *sorted((ROOT / "kdlib").rglob("*.[pmy]*"))]
+    files = [ROOT / "notebooks" / f"{stem}.ipynb", *_sources()]
     for name in (used.get(parameter, "").strip("'\"") for parameter in ("dataset", "unseen")):
         files += filter(None, locate(name) if name else [])
     if "tables" in used:

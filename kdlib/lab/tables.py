@@ -14,7 +14,7 @@ from kdlib.text.tags import Sentence, Span
 
 @dataclass
 class Run:
-    """One trained model's results."""
+    """One trained model's results; `student` is empty for a teacher."""
 
     method: str
     seed: int
@@ -68,7 +68,7 @@ def closer_look(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
     among the results.
     """
     results = list(results)
-    teachers_of = {r.seed: r.predicted for r in results if r.method == "teacher"}
+    teachers_of = {r.seed: r.predicted for r in results if not r.student}
     rows = []
     for r in results:
         teacher = teachers_of.get(

@@ -116,3 +116,15 @@ def test_a_process_killed_while_writing_leaves_no_half_file(tmp_path):
     process.start()
     process.join(30)
     assert process.exitcode == -9 and not target.exists()
+
+
+def test_what_was_never_stored_is_not_read_as_empty():
+    with pytest.raises(FileNotFoundError):
+        cache.load("weights", "nothing")
+    assert not cache.path("weights", "nothing.pt").exists()
+
+
+def test_the_version_is_part_of_every_key(monkeypatch):
+    before = cache.digest("x")
+    monkeypatch.setattr(cache, "MADE_BY", (cache.VERSION + 1, *cache.MADE_BY[1:]))
+    assert cache.digest("x") != before

@@ -143,7 +143,11 @@ def test_a_failing_notebook_is_reported_and_the_others_run(tmp_path, monkeypatch
         1,
         1,
     ]  # a failed one is never 'unchanged'
-    (tmp_path / "kdlib" / "new.py").write_text("y = 1")
+    (tmp_path / "kdlib" / "__pycache__").mkdir()
+    (tmp_path / "kdlib" / "__pycache__" / "new.pyc").write_text("z")
+    assert "skipped" in command("02", "--set", "x=5").stdout
+    (tmp_path / "kdlib" / "lab").mkdir()
+    (tmp_path / "kdlib" / "lab" / "new.py").write_text("y = 1")
     command("02", "--set", "x=5")
     assert log.read_text() == "1555"
 
