@@ -286,7 +286,7 @@ class Tagger(nn.Module):
                 f"{folder}: expected a folder written by Tagger.save_pretrained, with a tagger.json"
             )
         shape = json.loads((folder / "tagger.json").read_text(encoding="utf8"))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         encoder = build(shape.pop("kind"), shape.pop("encoder"))
         model = cls(encoder, tokenizer, **shape)
         model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -354,7 +354,8 @@ class TwinTower(nn.Module):
             )
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
-            model = cls(AutoTokenizer.from_pretrained(folder), **config)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = cls(tokenizer, **config)
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except DAMAGED as error:
             reason = (str(error).splitlines() or [""])[0]

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,9 +26,6 @@ from kdlib.text.corpora import NAMES, locate
 from kdlib.text.files import ROOT, replacing, write_text
 
 BUILD = ROOT / "build"
-TRANSPORT = Config(
-    {"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}
-)  # TCP ports clash now and then
 PROFILES = ("default", "quick", "full")
 
 
@@ -140,6 +138,13 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
     return cache.digest(used, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
 
 
+def _transport(folder: str) -> Config:
+    """Sockets of this run's own: TCP ports clash now and then, and kernels that start in one folder
+    would share their sockets' names."""
+    ipc = {"transport": "ipc", "ip": f"{folder}/kernel"}
+    return Config({"KernelManager": ipc} if os.name == "posix" else {})
+
+
 def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
     """Execute one notebook into `out`; unknown parameters are errors. PapermillExecutionError names
     a failing cell."""
@@ -152,16 +157,17 @@ def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
         nbformat.write(notebook, aside)
     began, total = time.perf_counter(), len(notebook.cells)
     try:
-        pm.execute_notebook(
-            out.with_suffix(".input.ipynb"),
-            out,
-            parameters,
-            engine_name="kdlib",
-            kernel_name="python3",
-            cwd=source.parent,
-            progress_bar=False,
-            config=TRANSPORT,
-        )
+        with tempfile.TemporaryDirectory() as sockets:
+            pm.execute_notebook(
+                out.with_suffix(".input.ipynb"),
+                out,
+                parameters,
+                engine_name="kdlib",
+                kernel_name="python3",
+                cwd=source.parent,
+                progress_bar=False,
+                config=_transport(sockets),
+            )
     except BaseException:
         _line(out.stem, _Reporting.at, total, time.perf_counter() - began, result="FAILED")
         raise

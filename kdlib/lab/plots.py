@@ -76,9 +76,9 @@ def save(
 ) -> None:
     """Write `stem`.csv and, with a figure, `stem`.svg, the same bytes for the same numbers, and
     enter them in the gallery."""
-    write_text(stem.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n"))
+    write_text(stem.with_name(f"{stem.name}.csv"), table.to_csv(index=False, lineterminator="\n"))
     if figure is not None:
-        with replacing(stem.with_suffix(".svg")) as aside:
+        with replacing(stem.with_name(f"{stem.name}.svg")) as aside:
             figure.savefig(aside, format="svg", metadata={"Date": None, "Creator": None})
     index = stem.parent / "index.json"
     with cache.locked(cache.folder() / "figures"):

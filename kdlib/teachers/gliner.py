@@ -13,6 +13,7 @@ which is `by_covering_span`, `Answer.inside` and `soft_labels`.
 
 import contextlib
 import io
+import json
 import random
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from gliner import GLiNER
@@ -86,8 +88,12 @@ def load(name: str) -> GLiNER:
             f"no GLiNER at {name!r}: expected a folder with gliner_config.json, or a hub name"
         )
     try:
+        folder = (
+            Path(name) if Path(name).is_dir() else Path(huggingface_hub.snapshot_download(name))
+        )
+        _refuse_code(folder)
         with quiet():
-            return GLiNER.from_pretrained(name).eval()
+            return GLiNER.from_pretrained(str(folder)).eval()
     except FAULTS as error:
         reason = (str(error).splitlines() or [""])[0]
         raise OSError(
@@ -96,6 +102,21 @@ def load(name: str) -> GLiNER:
             "with gliner_config.json and weights, a hub name while the hub can be reached, or "
             "'train' to train one here"
         ) from error
+
+
+def _refuse_code(folder: Path) -> None:
+    """OSError where a JSON file of the folder names code to run: gliner would run it unasked, as it
+    trusts remote code on behalf of its encoder."""
+
+    def names_code(value: object) -> bool:
+        if isinstance(value, dict):
+            named = isinstance(value.get("auto_map"), (dict, list, str))
+            return named or any(map(names_code, value.values()))
+        return isinstance(value, list) and any(map(names_code, value))
+
+    for file in sorted(folder.rglob("*.json")):
+        if names_code(json.loads(file.read_text(encoding="utf8"))):
+            raise OSError(f"{file}: expected a model of data alone, got code to run (auto_map)")
 
 
 def train(

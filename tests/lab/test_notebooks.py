@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -150,6 +151,15 @@ def test_a_failing_notebook_is_reported_and_the_others_run(tmp_path, monkeypatch
     (tmp_path / "kdlib" / "lab" / "new.py").write_text("y = 1")
     command("02", "--set", "x=5")
     assert log.read_text() == "1555"
+
+
+@pytest.mark.notebook
+def test_two_studies_in_one_folder_do_not_share_sockets(tmp_path, monkeypatch):
+    small_study(tmp_path, monkeypatch, {"01_a": "import time; time.sleep(2)", "02_b": "x + 1"})
+    with ThreadPoolExecutor() as pool:
+        outs = [pool.submit(study.run, s, {}, tmp_path / f"{s}.ipynb") for s in ("01_a", "02_b")]
+        assert all(out.result(timeout=120).exists() for out in outs)
+    assert not list((tmp_path / "notebooks").glob("kernel*"))
 
 
 @pytest.mark.parametrize(

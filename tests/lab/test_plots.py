@@ -35,6 +35,15 @@ def test_a_rerun_gives_identical_bytes(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "a" / "03_x.csv"), ROWS)
 
 
+def test_a_dot_in_a_name_is_no_ending(tmp_path):
+    for alpha in (0.2, 0.5):
+        plots.save(tmp_path / f"01_table_alpha{alpha}", ROWS, "A caption.")
+    assert {f.name for f in tmp_path.glob("*.csv")} == {
+        "01_table_alpha0.2.csv",
+        "01_table_alpha0.5.csv",
+    }
+
+
 def test_the_gallery_names_caption_seeds_and_notebook(tmp_path):
     drawn(tmp_path / "demo")
     plots.gallery(tmp_path)

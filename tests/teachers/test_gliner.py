@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,19 @@ def test_what_is_no_gliner_is_said_to_be_none(tmp_path, tiny_folder):
             gliner.load(name)
     with pytest.raises(OSError, match="cannot load the GLiNER"):
         gliner.load(tiny_folder)
+
+
+def test_a_folder_that_names_code_to_run_is_refused_before_anything_is_loaded(make, tmp_path):
+    folder = tmp_path / "evil"
+    make().save_pretrained(folder, safe_serialization=True)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "gliner_config.json").read_text())
+    config["encoder_config"]["auto_map"] = {"AutoModel": f"{folder}--evil.Evil"}
+    config["encoder_config"]["model_type"] = "evil"
+    (folder / "gliner_config.json").write_text(json.dumps(config))
+    with pytest.raises(OSError, match=r"gliner_config.json: expected a model of data alone"):
+        gliner.load(str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_damaged_gliner_is_an_error(make, tmp_path):
