@@ -131,7 +131,7 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
     files = [ROOT / "notebooks" / f"{stem}.ipynb", *_sources()]
     for name in (used.get(parameter, "").strip("'\"") for parameter in ("dataset", "unseen")):
         files += filter(None, locate(name) if name else [])
-    if "tables" in used:
+    if "results" in used:
         files += sorted(
             (ROOT / "figures").glob("*/[0-9][0-9]_table*.csv")
         )  # what other notebooks have left to read
