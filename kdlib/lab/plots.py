@@ -37,6 +37,8 @@ COLOURS |= {  # what notebooks call a method, or one grain of it
     "token": COLOURS["posterior"],
     "undistilled": COLOURS["student alone"],
     "undistilled thin": "#6fa8d6",
+    "pseudo-labels thin": "#b08968",
+    "gold on transfer thin": "#8a8a8a",
     "hard student": COLOURS["student alone"],
     "distilled student": COLOURS["soft targets"],
     "distilled, same text": "#e78bb0",
