@@ -249,6 +249,12 @@ class Tagger(nn.Module):
         paths = self._in_order(data, lambda batch: self.crf.viterbi(self(batch), batch.mask))
         return [to_spans([self.labels[k] for k in path.tolist()]) for path in paths]
 
+    @torch.no_grad()
+    def marginals(self, data: Encoded) -> list[Tensor]:
+        """Probabilities [L, K] of each word's labels under the chain, sentence by sentence."""
+        answer = lambda batch: self.crf.marginals(self(batch), batch.mask)[0].cpu()  # noqa: E731
+        return self._in_order(data, answer)
+
     def _in_order(self, data: Encoded, answer) -> list[Tensor]:
         was_training, device = self.training, self.crf.start.device
         if was_training:  # walking through every module costs more than reading a short sentence

@@ -44,6 +44,25 @@ def study(
 
 
 @app.command()
+def evidence(
+    name: Annotated[str, typer.Argument(help="An experiment of notebooks/evidence.yaml.")],
+) -> None:
+    """Make those runs of a long experiment on a real corpus that have no record in data/runs yet.
+
+    A run is recorded as it ends; a stopped experiment goes on where it was. Experiments can run at
+    once in several processes: on a CPU give each one thread (OMP_NUM_THREADS=1).
+
+    Example: KDLIB_DATA=/corpora OMP_NUM_THREADS=1 kdlib evidence ladder_wikiann
+    """
+    from kdlib.lab import evidence as experiments
+
+    try:
+        experiments.run(name)
+    except (ValueError, FileNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="crf, gliner, students or surrogates.")],
 ) -> None:

@@ -8,9 +8,11 @@ predicts, its strict mode agrees.
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy import stats
 from seqeval.metrics import classification_report
 from seqeval.scheme import IOB2
+from torch import Tensor
 
 from kdlib.text.tags import Sentence, Span, to_iob2
 
@@ -110,6 +112,18 @@ def all_scores(
 def agreement(predicted: Entities, teacher: Entities) -> float:
     """F1 of the student's entities with the teacher's taken as gold, in percent."""
     return float(f1(counts(teacher, predicted)))
+
+
+def calibration_error(
+    marginals: Sequence[Tensor], tags: Sequence[Sequence[int]], bins: int = 15
+) -> float:
+    """ECE = sum over bins of |B| / n |accuracy(B) - confidence(B)| (Guo et al. 2017, eq. 3), in
+    percent: words by the probability [L, K] of their most probable label, in equal bins."""
+    confidence, guess = torch.cat(list(marginals)).max(1)
+    right = (guess == torch.tensor([tag for own in tags for tag in own])).float()
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    sums = [torch.zeros(bins).index_add(0, place, x.float()) for x in (right, confidence)]
+    return 100 * float((sums[0] - sums[1]).abs().sum()) / len(right)
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -114,7 +114,8 @@ class Study:
     name; 'characters', a BiLSTM with random weights over whole tokens, or 'character transformer'.
     quiz: the last so many labelled sentences examine MSD. follow: note at every evaluation the
     scores on labelled and on the last test sentences, against gold and against the teacher (the
-    figures of the GLiNER -> LSTM paper).
+    figures of the GLiNER -> LSTM paper). calibration: note how far a tagger's probabilities of test
+    words are from its accuracy.
     """
 
     parts: Parts
@@ -124,7 +125,14 @@ class Study:
     quiz: int = 0
     students: Mapping[str, Student] = field(default_factory=lambda: STUDENTS)
     follow: bool = False
+    calibration: bool = False
     _kept: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def with_budget(self, budget: Budget) -> "Study":
+        """The same ground, and the same teachers, for students that learn for longer or shorter."""
+        other = replace(self, budget=budget)
+        other._kept.update(self._kept)
+        return other
 
     # ---- what can be combined ----
 
@@ -242,6 +250,7 @@ class Study:
             [rows.content() for rows in (own.rows, dev, test)],
             own.made_of,
             [(rows.content(), references) for _, _, rows, references in followed],
+            *(["calibration"] if self.calibration else []),
         )
 
         def evaluate() -> dict[str, float]:
@@ -260,6 +269,11 @@ class Study:
                 own.model, own.rows, own.loss, own.settings, evaluate, "dev_f1", checkpoint
             )
             predicted = own.student.predict(test)
+            if self.calibration:
+                place = {label: k for k, label in enumerate(self.labels)}
+                tags = [[place[tag] for tag in s.tags] for s in self.parts.test]
+                ece = scores.calibration_error(own.student.marginals(test), tags)
+                history[-1]["ece"] = ece
             seconds = history[-1]["seconds"]
             who = "teachers" if own.made_of == TEACHER else "students"
             cache.spent(f"training {who}", seconds)

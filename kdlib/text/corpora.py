@@ -13,7 +13,7 @@ import numpy as np
 
 from kdlib.text import demo
 from kdlib.text.demo import SPLITS
-from kdlib.text.readers import read, tidy_passages
+from kdlib.text.readers import documents_of, read, tidy_passages
 from kdlib.text.tags import Sentence, spoil, to_spans
 
 IN_WORDS = {
@@ -29,12 +29,18 @@ CLOSED = 40  # up to so many types, a sentence is asked for all of them
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set: train, dev and test sentences, and the entity types they use."""
+    """A named data set: train, dev and test sentences, and the entity types they use.
+
+    documents: how many sentences each document of test has, where its file marks documents.
+    repeated: how many training sentences were left out, as they stand in dev or test too.
+    """
 
     name: str
     train: list[Sentence]
     dev: list[Sentence]
     test: list[Sentence]
+    documents: tuple[int, ...] = ()
+    repeated: int = 0
 
     @property
     def types(self) -> list[str]:
@@ -56,6 +62,7 @@ class Parts:
     `transfer_gold` has labels that nobody sees but a teacher that sees all and the ceiling 'gold on
     transfer'; `teaching` are labelled sentences that a teacher trained here reads, and no student.
     `mentions`: the type of every labelled entity, from which further types to ask for are drawn.
+    `documents`: how many sentences each document of test has; empty where none are marked.
     """
 
     types: list[str]
@@ -65,6 +72,7 @@ class Parts:
     test: list[Sentence]
     teaching: list[Sentence] = field(default_factory=list)
     mentions: list[str] = field(default_factory=list)
+    documents: tuple[int, ...] = ()
 
     @property
     def transfer(self) -> list[Sentence]:
@@ -127,7 +135,8 @@ def shuffled(
             f"sentences, got labelled={labelled}, transfer={transfer}"
         )
     ends = dataset.dev[: dev or None], dataset.test[: test or None]
-    return Parts(dataset.types, mixed[:cut], rest[: transfer or None], *ends)
+    whole = dataset.documents if test in (0, len(dataset.test)) else ()
+    return Parts(dataset.types, mixed[:cut], rest[: transfer or None], *ends, documents=whole)
 
 
 def _permutation(n: int) -> list[int]:
@@ -253,7 +262,8 @@ def load(name: str) -> Dataset:
     own with train, dev and test files.
 
     Named sets are looked for under `$KDLIB_DATA/<name>/`, then on the hub if `datasets` is
-    installed. A set without a dev part gives every tenth training sentence to dev.
+    installed. A set without a dev part gives every tenth training sentence to dev. Training
+    sentences of a named set that stand in its dev or test part too are left out.
     FileNotFoundError names what would have worked.
     """
     if name in ("demo", "demo-fine"):
@@ -272,7 +282,12 @@ def load(name: str) -> Dataset:
             raise ValueError(
                 f"{name}: expected more training sentences to take dev from, got {len(dev)}"
             )
-    return Dataset(Path(name).name, train, dev, test)
+    if name not in SOURCES:
+        return Dataset(Path(name).name, train, dev, test)
+    told = {s.tokens for s in (*dev, *test)}
+    kept = [s for s in train if s.tokens not in told]
+    documents = tuple(documents_of(files[2]) if files else ())
+    return Dataset(name, kept, dev, test, documents, len(train) - len(kept))
 
 
 def locate(name: str) -> list[Path | None]:

@@ -114,6 +114,19 @@ def _read_conll(
             _check_type(path, number, kind, types)
 
 
+def documents_of(path: Path) -> list[int]:
+    """How many sentences each document of a CoNLL file has; [] where no -DOCSTART- marks any."""
+    sizes: list[int] = []
+    for block in re.split(r"\n[ \t]*\n", path.read_text(encoding="utf8")):
+        lines = [line for line in block.split("\n") if line.strip()]
+        if lines and lines[0].startswith("-DOCSTART-"):
+            sizes.append(0)
+            lines = lines[1:]
+        if lines and sizes:
+            sizes[-1] += 1
+    return sizes
+
+
 def _read_json_lines(path: Path, types: Sequence[str] | None) -> Iterator[Sentence]:
     for number, line in _lines(path):
         if line.strip():

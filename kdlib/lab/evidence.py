@@ -1,0 +1,161 @@
+"""The long experiments on real corpora, `notebooks/evidence.yaml`: declared once, run where a
+corpus lies, each run recorded as it ends, and read back from its record everywhere else."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import yaml
+
+from kdlib.lab import cache, records, scores, targets
+from kdlib.lab.records import Record
+from kdlib.lab.study import Budget, Fitted, Study
+from kdlib.lab.tables import Run
+from kdlib.methods import Method, chosen
+from kdlib.teachers.tagger import Taught
+from kdlib.text.corpora import load, shuffled
+from kdlib.text.files import ROOT
+
+FILE = ROOT / "notebooks" / "evidence.yaml"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Methods x students x updates x seeds on one ground. The last checkpoint counts, so that dev
+    chooses nothing; every seed has a teacher of its own.
+
+    methods: names, or {"name", "of", knobs}: a method with other knobs under a name of its own.
+    quiz: labelled sentences that examine MSD.
+    """
+
+    corpus: str
+    methods: list[str | dict[str, Any]]
+    updates: list[int]
+    seeds: int = 3
+    students: list[str] = field(default_factory=lambda: ["bilstm"])
+    labelled: int = 1000
+    transfer: int = 0
+    dev: int = 250
+    test: int = 0
+    teacher_updates: int = 300
+    batch: int = 16
+    general: int = 0
+    quiz: int = 0
+
+    @property
+    def wanted(self) -> list[Method]:
+        """The methods, with their knobs."""
+        found = []
+        for m in self.methods:
+            own = {"of": m} if isinstance(m, str) else dict(m)
+            name = own.pop("name", "")
+            found.append(chosen([own.pop("of")])[0].tuned(name, **own))
+        return found
+
+    @property
+    def teacher(self) -> Fitted:
+        """Its teacher, trained on the students' own labels."""
+        return Fitted(self.teacher_updates)
+
+    def budget(self, updates: int) -> Budget:
+        """How long a student learns."""
+        return Budget(updates, self.batch, self.general, evaluations=1)
+
+    def declared(self, method: Method | None, student: str, updates: int, seed: int) -> dict:
+        """What a run is, in words and numbers: its record is found by it. None: the teacher."""
+        sizes = ("corpus", "labelled", "transfer", "dev", "test")
+        told = {name: getattr(self, name) for name in sizes} | {"seed": seed}
+        told["version"] = cache.VERSION
+        if method is None or method.needs:
+            told["teacher"] = asdict(self.teacher)
+        if method is None:
+            return told | {"method": "teacher"}
+        told |= {"method": method.name, "loss": method.loss.__name__, "knobs": dict(method.knobs)}
+        told |= {"reads": method.reads, "student": student, "budget": asdict(self.budget(updates))}
+        return told | ({"quiz": self.quiz} if method.quiz else {})
+
+    def grid(self) -> Iterator[tuple[Method | None, str, int, int, dict]]:
+        """Method (None: the teacher), student, updates, seed, and what they declare; updates
+        outermost, then seeds, so that a stopped experiment has whole rows."""
+        yield from ((None, "", 0, s, self.declared(None, "", 0, s)) for s in range(self.seeds))
+        for updates, seed in itertools.product(self.updates, range(self.seeds)):
+            for student, method in itertools.product(self.students, self.wanted):
+                told = self.declared(method, student, updates, seed)
+                yield method, student, updates, seed, told
+
+
+def experiments() -> dict[str, Experiment]:
+    """Those of notebooks/evidence.yaml, by name."""
+    rows = yaml.safe_load(FILE.read_text(encoding="utf8"))
+    shown = {name: row for name, row in rows.items() if not name.startswith("_")}
+    return {name: Experiment(**row) for name, row in shown.items()}
+
+
+def recorded(experiment: Experiment) -> list[tuple[Record, int]]:
+    """The runs of an experiment that have a record, with their updates (0: a teacher's)."""
+    found = {key(record.declared): record for record in records.read(experiment.corpus)}
+    wanted = [(key(told), updates) for _, _, updates, _, told in experiment.grid()]
+    return [(found[told], updates) for told, updates in wanted if told in found]
+
+
+def key(declared: dict) -> str:
+    """What was declared as one text, the same for tuples and the lists that JSON makes of them."""
+    return json.dumps(declared, sort_keys=True)
+
+
+def run(name: str) -> None:
+    """Make what has no record yet, a line printed and a record written as each run ends.
+
+    ValueError for an unknown experiment; FileNotFoundError where its corpus is not here.
+    """
+    known = experiments()
+    if name not in known:
+        raise ValueError(f"experiment: expected one of {list(known)}, got {name!r}")
+    own = known[name]
+    corpus = load(own.corpus)
+    parts = shuffled(corpus, own.labelled, own.transfer, own.dev, own.test)
+    ground = Study(parts, own.teacher, quiz=own.quiz, calibration=True)
+    for method, student, updates, seed, told in own.grid():
+        there = {key(record.declared) for record in records.read(own.corpus)}
+        if key(told) in there:
+            continue
+        if method is None:
+            taught, made = ground.taught(seed)
+            measures = doubt(taught, ground)
+        else:
+            study = ground.with_budget(own.budget(updates))
+            made = study.run(method, student, seed)
+            measures = {"agreement": round(agreement(made, study, seed), 3)} if method.needs else {}
+        gold = [s.spans for s in parts.test]
+        counts = records.per_sentence(gold, made.predicted, parts.types)
+        history = [
+            {k: round(v, 4) for k, v in row.items() if k != "seconds"} for row in made.history
+        ]
+        about = list(parts.types), list(parts.documents), made.parameters, measures, history
+        records.add(own.corpus, Record(told, counts, *about))
+        f1 = float(scores.f1(counts.sum(1)))
+        print(f"{name}: {updates:6} {made.method:20} seed {seed}: {f1:5.2f}", flush=True)
+
+
+def agreement(made: Run, study: Study, seed: int) -> float:
+    """F1 of a student's test entities with its teacher's taken as gold, in percent."""
+    return scores.agreement(made.predicted, study.taught(seed)[1].predicted)
+
+
+@torch.no_grad()
+def doubt(teacher: Taught, study: Study) -> dict[str, float]:
+    """How unsure a teacher is of the text it labels: entropy of a word's label in nats, and the
+    share of probability that its best sequence holds; means over words and over sentences."""
+    text = targets.emissions(teacher, study.parts.text)[len(study.parts.labelled) :]
+    entropy, words, best = 0.0, 0, []
+    for e in text:
+        e, whole = e[None], torch.ones(1, len(e), dtype=torch.bool)
+        q, _ = teacher.crf.marginals(e, whole)
+        entropy += float(torch.special.entr(q).sum())
+        words += q.shape[1]
+        path = teacher.crf.viterbi(e, whole)
+        best.append(float(teacher.crf.log_prob(e, path, whole).exp()))
+    return {"entropy": round(entropy / words, 5), "best": round(sum(best) / len(best), 5)}
