@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 import yaml
 
@@ -20,6 +22,17 @@ from kdlib.text.corpora import load, shuffled
 from kdlib.text.files import ROOT
 
 FILE = ROOT / "notebooks" / "evidence.yaml"
+CONTRASTS = (  # named before the first run of any experiment
+    ("pseudo-labels", "student alone"),
+    ("weighted top-k", "pseudo-labels"),
+    ("posterior", "pseudo-labels"),
+    ("structural", "pseudo-labels"),
+    ("structural", "posterior"),
+    ("multi-grained", "weighted top-k"),
+    ("msd", "msd, teacher at rest"),
+    ("adaptive", "adaptive, constant weight"),
+)
+MARGIN = 0.5  # points of F1: within them, two methods are called equal
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def experiments() -> dict[str, Experiment]:
 
 
 def recorded(experiment: Experiment) -> list[tuple[Record, int]]:
-    """The runs of an experiment that have a record, with their updates (0: a teacher's)."""
+    """The runs of an experiment that have a record, with their updates (0: the teacher)."""
     found = {key(record.declared): record for record in records.read(experiment.corpus)}
     wanted = [(key(told), updates) for _, _, updates, _, told in experiment.grid()]
     return [(found[told], updates) for told, updates in wanted if told in found]
@@ -104,6 +117,80 @@ def recorded(experiment: Experiment) -> list[tuple[Record, int]]:
 def key(declared: dict) -> str:
     """What was declared as one text, the same for tuples and the lists that JSON makes of them."""
     return json.dumps(declared, sort_keys=True)
+
+
+def table(experiment: Experiment) -> pd.DataFrame:
+    """One row a recorded run: student, method, updates, seed, precision, recall, f1, parameters,
+    what was measured beside (agreement, ece; of a teacher entropy, best), in percent but these."""
+    rows = []
+    for record, updates in recorded(experiment):
+        right, guessed, there = record.counts.sum((0, 1))
+        told = record.declared
+        rows.append(
+            {"student": told.get("student", ""), "method": told["method"], "updates": updates}
+            | {"seed": told["seed"], "precision": round(100 * right / max(guessed, 1), 3)}
+            | {"recall": round(100 * right / max(there, 1), 3)}
+            | {"f1": round(float(scores.f1(record.units)), 3), "parameters": record.parameters}
+            | record.measures
+        )
+    return pd.DataFrame(rows)
+
+
+def gap_closed(runs: pd.DataFrame) -> pd.DataFrame:
+    """Share, in percent, of the way from the student alone to the ceiling, gold on transfer, that a
+    method goes: student, method, updates, seed, closed. Rows without both ends are left out."""
+    ends = runs.pivot_table(index=["student", "updates", "seed"], columns="method", values="f1")
+    if not {"student alone", "gold on transfer"} <= set(ends):
+        return pd.DataFrame(columns=["student", "method", "updates", "seed", "closed"])
+    low, high = ends["student alone"], ends["gold on transfer"]
+    closed = ends.sub(low, axis=0).div(high - low, axis=0).mul(100).round(2)
+    long = closed.reset_index().melt(["student", "updates", "seed"], value_name="closed")
+    return long.dropna()[["student", "method", "updates", "seed", "closed"]]
+
+
+def contrasts(experiment: Experiment) -> pd.DataFrame:
+    """CONTRASTS at every budget for which both sides have a record of at least two equal seeds.
+
+    difference, low, high, p: hierarchical bootstrap over seeds and over documents, or sentences
+    where none are marked. holm: p adjusted for the contrasts of one student and budget. seeds_low,
+    seeds_high: Student's t interval over seeds. verdict: 'shown' where both intervals leave out 0
+    and holm < 0.05; 'equal' where the bootstrap's 90 % interval lies within MARGIN of 0; else
+    'not shown'.
+    """
+    cells: dict[tuple[str, int], dict[str, dict[int, np.ndarray]]] = {}
+    for record, updates in recorded(experiment):
+        told = record.declared
+        own = cells.setdefault((told.get("student", ""), updates), {})
+        own.setdefault(told["method"], {})[told["seed"]] = record.units
+    tables = []
+    for (student, updates), own in cells.items():
+        rows = [
+            {"student": student, "updates": updates, "method": ours, "against": theirs}
+            | _contrast(own[ours], own[theirs])
+            for ours, theirs in CONTRASTS
+            if len(own.get(ours, {}).keys() & own.get(theirs, {}).keys()) > 1
+        ]
+        for row, p in zip(rows, scores.holm([row["p"] for row in rows]), strict=True):
+            sure = _apart(row["low"], row["high"]) and _apart(row["seeds_low"], row["seeds_high"])
+            low, high = row.pop("low_90"), row.pop("high_90")
+            within = low > -MARGIN and high < MARGIN
+            verdict = "shown" if sure and p < 0.05 else "equal" if within else "not shown"
+            tables.append(row | {"holm": p, "verdict": verdict})
+    return pd.DataFrame(tables)
+
+
+def _contrast(ours: dict[int, np.ndarray], theirs: dict[int, np.ndarray]) -> dict:
+    seeds = sorted(ours.keys() & theirs.keys())
+    a, b = (np.stack([side[seed] for seed in seeds]) for side in (ours, theirs))
+    wide, narrow = (scores.hierarchical_bootstrap(a, b, confidence=c) for c in (0.95, 0.9))
+    mean, half = scores.interval(scores.f1(a) - scores.f1(b))
+    row = wide | {"seeds_low": mean - half, "seeds_high": mean + half, "seeds": len(seeds)}
+    return row | {"low_90": narrow["low"], "high_90": narrow["high"]}
+
+
+def _apart(low: float, high: float) -> bool:
+    """Whether an interval leaves out 0."""
+    return low > 0 or high < 0
 
 
 def run(name: str) -> None:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -95,3 +96,40 @@ def test_word_scores_count_words_as_the_paper_does():
     nothing = scores.word_scores(gold, [[], []], [5, 5])
     assert nothing == {"accuracy": 70.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
     assert set(scores.word_scores(gold, gold, [5, 5]).values()) == {100.0}
+
+
+def runs(n, seeds, spread, rng):
+    """Counts of both sides: the same entities, ours found a little more often in some seeds."""
+    gold = np.full((seeds, n), 2)
+    theirs = rng.binomial(2, 0.6, (seeds, n))
+    chance = np.clip(0.6 + spread * rng.standard_normal((seeds, 1)), 0, 1)
+    ours = rng.binomial(2, np.broadcast_to(chance, (seeds, n)))
+    return [np.stack([right, np.full_like(right, 2), gold], -1) for right in (ours, theirs)]
+
+
+def test_the_hierarchical_interval_holds_the_seeds_too():
+    rng = np.random.default_rng(0)
+    ours, theirs = runs(200, 8, 0.1, rng)
+    both, sentences = (
+        draw(ours, theirs, 500) for draw in (scores.hierarchical_bootstrap, scores.paired_bootstrap)
+    )
+    assert both["difference"] == sentences["difference"]
+    assert both["high"] - both["low"] > 1.5 * (sentences["high"] - sentences["low"])
+    same = scores.hierarchical_bootstrap(ours, ours, 500)
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    with pytest.raises(ValueError, match="expected counts of the same runs"):
+        scores.hierarchical_bootstrap(ours, theirs[:2])
+
+
+def test_holm_by_hand():
+    assert scores.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert scores.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_calibration_by_hand():
+    """Two words at 0.9, one right: off by 0.4. Two at 0.6, both right: off by 0.4."""
+    sure, unsure = torch.tensor([[0.9, 0.1]] * 2), torch.tensor([[0.4, 0.6]] * 2)
+    error = scores.calibration_error([sure, unsure], [[0, 1], [1, 1]], bins=10)
+    assert error == pytest.approx(40, abs=1e-4)
+    certain = torch.tensor([[1.0, 0.0]])
+    assert scores.calibration_error([certain], [[0]]) == 0

@@ -195,15 +195,16 @@ def test_named_sets_with_their_oddities(tmp_path, monkeypatch):
     named(tmp_path, "wikiann_en", wikiann)
     assert corpora.load("wikiann_en").test == [SENTENCE]
     weibo = {
-        f"weiboNER_2nd_conll.{s}": "\u53e30\tO\n\u81541\tI-PER.NOM\n310\tO\n10\tO\n"
-        for s in ("train", "dev", "test")
+        f"weiboNER_2nd_conll.{s}": f"\u53e30\tO\n\u81541\tI-PER.NOM\n310\tO\n10\tO\n{more}"
+        for s, more in (("train", ""), ("dev", "x0\tO\n"), ("test", "y0\tO\n"))
     }
     named(tmp_path, "weibo", weibo)
     assert corpora.load("weibo").train == [
         Sentence(("\u53e3", "\u8154", "3", "1"), (Span(1, 2, "PER.NOM"),))
     ]
     chunks = "".join(f"w{i} X B-NP\n\n" for i in range(20))
-    named(tmp_path, "conll2000", {"train.txt": chunks, "test.txt": chunks})
+    others = chunks.replace("w", "v")
+    named(tmp_path, "conll2000", {"train.txt": chunks, "test.txt": others})
     loaded = corpora.load("conll2000")
     assert (len(loaded.train), len(loaded.dev), len(loaded.test)) == (
         18,
@@ -211,6 +212,19 @@ def test_named_sets_with_their_oddities(tmp_path, monkeypatch):
         20,
     ) and loaded.types == ["NP"]
     assert {s.tokens for s in loaded.train}.isdisjoint(s.tokens for s in loaded.dev)
+
+
+def test_training_sentences_that_stand_in_dev_or_test_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    head = "-DOCSTART- -X- -X- O\n\n"
+    train, dev = "a x x O\n\nb x x O\n\na x x O\n\nc x x O\n", "c x x O\n\n"
+    test = f"{head}a x x O\n\nd x x O\n\n{head}e x x O\n\n"
+    named(tmp_path, "conll2003", {"train.txt": head + train, "valid.txt": dev, "test.txt": test})
+    loaded = corpora.load("conll2003")
+    assert ([s.tokens for s in loaded.train], loaded.repeated) == ([("b",)], 3)
+    assert loaded.documents == (2, 1)
+    assert corpora.shuffled(loaded, 1).documents == (2, 1)
+    assert corpora.shuffled(loaded, 1, test=2).documents == ()  # not all of them
 
 
 def test_a_folder_of_ones_own(tmp_path):

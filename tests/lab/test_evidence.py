@@ -1,0 +1,127 @@
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import CORPUS
+
+from kdlib.lab import evidence, records, scores
+from kdlib.lab.evidence import Experiment
+from kdlib.lab.records import Record
+from kdlib.lab.study import Study
+from kdlib.students import STUDENTS, Lstm
+from kdlib.text.tags import Span
+
+METHODS = ["student alone", {"of": "top-k", "name": "one best", "k": 1}, "posterior"]
+OWN = Experiment("tiny", METHODS, [2, 3], 2, labelled=6, transfer=8, dev=4, teacher_updates=2)
+
+
+@pytest.fixture
+def at_hand(tiny_folder, tmp_path, monkeypatch):
+    """An experiment on the tiny corpus, with records in a folder of its own."""
+    students = STUDENTS | {"bilstm": Lstm(embedding=8, hidden=6)}
+    monkeypatch.setattr(evidence, "load", lambda name: CORPUS)
+    monkeypatch.setattr(evidence, "experiments", lambda: {"own": OWN})
+    monkeypatch.setattr(evidence, "Study", partial(Study, encoder=tiny_folder, students=students))
+    monkeypatch.setattr(records, "FOLDER", tmp_path / "runs")
+    return tmp_path / "runs" / "tiny.jsonl"
+
+
+def test_every_run_is_recorded_once_and_found_by_what_was_declared(at_hand, monkeypatch):
+    evidence.run("own")
+    first = at_hand.read_bytes()
+    rows = evidence.table(OWN)
+    assert len(rows) == 2 + 2 * 2 * 3 and set(rows["method"]) == {
+        "teacher",
+        "student alone",
+        "one best",
+        "posterior",
+    }
+    assert (rows.loc[rows["method"] == "posterior", "agreement"] >= 0).all()
+    assert not any(word in first.decode() for word in ("Anna", "Paris", "nobody"))
+    monkeypatch.setattr(Study, "run", lambda *a: pytest.fail("trained again"))
+    evidence.run("own")
+    assert at_hand.read_bytes() == first
+    lines = first.decode().splitlines()
+    at_hand.write_text("\n".join(lines[:-1]) + "\n")
+    monkeypatch.undo()
+    assert json.loads(lines[-1])["declared"]["method"] == "posterior"
+
+
+def test_a_stopped_experiment_goes_on(at_hand):
+    evidence.run("own")
+    whole = at_hand.read_text()
+    lines = whole.splitlines()
+    at_hand.write_text("\n".join(lines[:-3]) + "\n")
+    evidence.run("own")
+    assert at_hand.read_text() == whole  # from the cache, to the last bit
+
+
+def test_an_unknown_experiment_and_a_damaged_record_are_errors(at_hand):
+    with pytest.raises(ValueError, match=r"expected one of \['own'\], got 'other'"):
+        evidence.run("other")
+    at_hand.parent.mkdir()
+    at_hand.write_text('{"declared": {}, "test": "x"}\n')
+    with pytest.raises(ValueError, match=r"tiny.jsonl:1: expected a record"):
+        records.read("tiny")
+
+
+def test_the_experiments_of_the_study_declare_what_there_is():
+    for own in evidence.experiments().values():
+        told = [evidence.key(row[-1]) for row in own.grid()]
+        assert own.wanted and len(told) == len(set(told))
+
+
+def test_counts_come_back_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    gold = [[Span(0, 1, "A"), Span(2, 3, "B")], [Span(0, 2, "B")], []]
+    found = [[Span(0, 1, "A"), Span(2, 3, "A")], [], [Span(0, 1, "B")]]
+    counts = records.per_sentence(gold, found, ["A", "B"])
+    assert counts[0].tolist() == [[1, 2, 1], [0, 0, 1]]
+    assert (counts.sum(1) == scores.counts(gold, found)).all()
+    record = Record({"method": "m", "k": (1, 2)}, counts, ["A", "B"], [2, 1], 7, {"x": 1.5}, [])
+    records.add("c", record)
+    records.add("c", record)
+    (back,) = records.read("c")
+    assert (back.counts == counts).all() and back.units.tolist() == [[1, 2, 3], [0, 1, 0]]
+    assert (back.parameters, back.measures, back.declared["k"]) == (7, {"x": 1.5}, [1, 2])
+
+
+def test_contrasts_by_hand(monkeypatch):
+    """One side finds every entity, the other half of them, in both seeds: 100 - 66.7."""
+    gold = np.full((40, 1, 1), 2)
+    perfect, half = (np.concatenate([np.full_like(gold, k)] * 2 + [gold], -1) for k in (2, 1))
+    more = np.concatenate([perfect[:21], half[21:]])
+
+    def of(method, counts, seed):
+        told = {"method": method, "seed": seed, "student": "s"}
+        return Record(told, counts, ["A"], [], 1, {}, []), 9
+
+    found = [of("student alone", half, s) for s in (0, 1)]
+    found += [of("pseudo-labels", perfect if s else more, s) for s in (0, 1)]
+    found += [of("posterior", perfect if s else more, s) for s in (0, 1)]
+    found += [of("structural", perfect, 0)]  # one seed shows nothing
+    monkeypatch.setattr(evidence, "recorded", lambda experiment: found)
+    rows = evidence.contrasts(OWN).set_index(["method", "against"])
+    assert len(rows) == 2
+    same = rows.loc["posterior", "pseudo-labels"]
+    assert (same["difference"], same["verdict"], same["seeds"]) == (0, "equal", 2)
+    ours = rows.loc["pseudo-labels", "student alone"]
+    assert ours["low"] > 0 and ours["verdict"] == "not shown"  # two seeds: t reaches below 0
+    assert ours["seeds_low"] < 0 and ours["holm"] == 2 * ours["p"]
+    table = evidence.table(OWN)
+    assert table.set_index(["method", "seed"]).loc[("student alone", 0), "f1"] == pytest.approx(
+        66.667
+    )
+
+
+def test_the_gap_closed_runs_from_alone_to_the_ceiling():
+    import pandas as pd
+
+    rows = pd.DataFrame(
+        {"student": "s", "updates": 9, "seed": 0, "method": m, "f1": f}
+        for m, f in (("student alone", 60.0), ("gold on transfer", 80.0), ("posterior", 75.0))
+    )
+    closed = evidence.gap_closed(rows).set_index("method")["closed"]
+    assert closed.to_dict() == {"student alone": 0, "gold on transfer": 100, "posterior": 75}
+    assert evidence.gap_closed(rows[:1]).empty
