@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 import yaml
 
-from kdlib.lab import cache, records, scores, targets
+from kdlib.lab import cache, records, scores, tables, targets
 from kdlib.lab.records import Record
 from kdlib.lab.study import Budget, Fitted, Study
 from kdlib.lab.tables import Run
@@ -22,17 +22,6 @@ from kdlib.text.corpora import load, shuffled
 from kdlib.text.files import ROOT
 
 FILE = ROOT / "notebooks" / "evidence.yaml"
-CONTRASTS = (  # named before the first run of any experiment
-    ("pseudo-labels", "student alone"),
-    ("weighted top-k", "pseudo-labels"),
-    ("posterior", "pseudo-labels"),
-    ("structural", "pseudo-labels"),
-    ("structural", "posterior"),
-    ("multi-grained", "weighted top-k"),
-    ("msd", "msd, teacher at rest"),
-    ("adaptive", "adaptive, constant weight"),
-)
-MARGIN = 0.5  # points of F1: within them, two methods are called equal
 
 
 @dataclass(frozen=True)
@@ -108,10 +97,17 @@ def experiments() -> dict[str, Experiment]:
 
 
 def recorded(experiment: Experiment) -> list[tuple[Record, int]]:
-    """The runs of an experiment that have a record, with their updates (0: the teacher)."""
+    """The runs of an experiment that have a record, with their updates (0: the teacher).
+
+    ValueError where none has.
+    """
     found = {key(record.declared): record for record in records.read(experiment.corpus)}
     wanted = [(key(told), updates) for _, _, updates, _, told in experiment.grid()]
-    return [(found[told], updates) for told, updates in wanted if told in found]
+    there = [(found[told], updates) for told, updates in wanted if told in found]
+    if not there:
+        file = records.file_of(experiment.corpus)
+        raise ValueError(f"{file}: expected records of this experiment, got none: `kdlib evidence`")
+    return there
 
 
 def key(declared: dict) -> str:
@@ -149,48 +145,18 @@ def gap_closed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def contrasts(experiment: Experiment) -> pd.DataFrame:
-    """CONTRASTS at every budget for which both sides have a record of at least two equal seeds.
-
-    difference, low, high, p: hierarchical bootstrap over seeds and over documents, or sentences
-    where none are marked. holm: p adjusted for the contrasts of one student and budget. seeds_low,
-    seeds_high: Student's t interval over seeds. verdict: 'shown' where both intervals leave out 0
-    and holm < 0.05; 'equal' where the bootstrap's 90 % interval lies within MARGIN of 0; else
-    'not shown'.
-    """
+    """`tables.contrasts` of each student at each budget, units being documents, or sentences where
+    the corpus marks none."""
     cells: dict[tuple[str, int], dict[str, dict[int, np.ndarray]]] = {}
     for record, updates in recorded(experiment):
         told = record.declared
         own = cells.setdefault((told.get("student", ""), updates), {})
         own.setdefault(told["method"], {})[told["seed"]] = record.units
-    tables = []
-    for (student, updates), own in cells.items():
-        rows = [
-            {"student": student, "updates": updates, "method": ours, "against": theirs}
-            | _contrast(own[ours], own[theirs])
-            for ours, theirs in CONTRASTS
-            if len(own.get(ours, {}).keys() & own.get(theirs, {}).keys()) > 1
-        ]
-        for row, p in zip(rows, scores.holm([row["p"] for row in rows]), strict=True):
-            sure = _apart(row["low"], row["high"]) and _apart(row["seeds_low"], row["seeds_high"])
-            low, high = row.pop("low_90"), row.pop("high_90")
-            within = low > -MARGIN and high < MARGIN
-            verdict = "shown" if sure and p < 0.05 else "equal" if within else "not shown"
-            tables.append(row | {"holm": p, "verdict": verdict})
-    return pd.DataFrame(tables)
-
-
-def _contrast(ours: dict[int, np.ndarray], theirs: dict[int, np.ndarray]) -> dict:
-    seeds = sorted(ours.keys() & theirs.keys())
-    a, b = (np.stack([side[seed] for seed in seeds]) for side in (ours, theirs))
-    wide, narrow = (scores.hierarchical_bootstrap(a, b, confidence=c) for c in (0.95, 0.9))
-    mean, half = scores.interval(scores.f1(a) - scores.f1(b))
-    row = wide | {"seeds_low": mean - half, "seeds_high": mean + half, "seeds": len(seeds)}
-    return row | {"low_90": narrow["low"], "high_90": narrow["high"]}
-
-
-def _apart(low: float, high: float) -> bool:
-    """Whether an interval leaves out 0."""
-    return low > 0 or high < 0
+    found = [
+        tables.contrasts(own).assign(student=student, updates=updates)
+        for (student, updates), own in cells.items()
+    ]
+    return pd.concat(found, ignore_index=True)
 
 
 def run(name: str) -> None:

@@ -21,7 +21,7 @@ import yaml
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
-from kdlib.lab import cache, plots, scores, tables
+from kdlib.lab import cache, claims, plots, scores, tables
 from kdlib.text.corpora import NAMES, locate
 from kdlib.text.files import ROOT, replacing, write_text
 
@@ -135,6 +135,8 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
         files += sorted(
             (ROOT / "figures").glob("*/[0-9][0-9]_table*.csv")
         )  # what other notebooks have left to read
+    if "ladders" in used:
+        files += [ROOT / "notebooks" / "evidence.yaml", *sorted((ROOT / "data" / "runs").glob("*"))]
     return cache.digest(used, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
 
 
@@ -187,7 +189,9 @@ def planned(
     for stem in stems:
         for i, parameters in enumerate(rows[stem].get(profile, [])):
             name = f"{stem}.{profile}" + (f".{i + 1}" if i else "")
-            parameters = check(stem, parameters | dict(extra))
+            aside = {"figures": str(BUILD / "figures")} if profile == "quick" else {}
+            aside = {name: value for name, value in aside.items() if name in declared(stem)}
+            parameters = check(stem, parameters | aside | dict(extra))
             if parameters.get("dataset", "demo") not in NAMES:
                 parameters["dataset"] = str(
                     Path(parameters["dataset"]).absolute()
@@ -227,7 +231,7 @@ def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list
     if seconds:
         _write_times(seconds)
     plots.gallery()
-    update_readme(ROOT / "README.md")
+    update_readme(ROOT / "README.md", claims.write(ROOT))
     return failures
 
 
@@ -297,14 +301,16 @@ def _reference_table(runs: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def update_readme(readme: Path) -> None:
-    """Print every `<!-- from figures/... -->` table of the README anew from its file."""
+def update_readme(readme: Path, known: pd.DataFrame) -> None:
+    """Print every `<!-- from figures/... -->` table of the README anew from its file, and the
+    numbers of every claim that is known."""
 
     def block(found: re.Match) -> str:
         return f"<!-- from {found[1]} -->\n{readme_table(ROOT / found[1])}\n\n"
 
     text = readme.read_text(encoding="utf8")
-    write_text(readme, re.sub(r"<!-- from (\S+) -->\n.*?\n\n", block, text, flags=re.S))
+    text = re.sub(r"<!-- from (\S+) -->\n.*?\n\n", block, text, flags=re.S)
+    write_text(readme, claims.fill(text, known))
 
 
 def matching(asked: list[str], known: list[str]) -> list[str]:

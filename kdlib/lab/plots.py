@@ -151,6 +151,51 @@ def curves(
         _label_ends(axes, ends)
 
 
+def ladder(axes: Axes, runs: pd.DataFrame) -> None:
+    """F1 over updates, a logarithmic axis: a dot a run, a line a method; the teacher's mean in
+    grey."""
+    teacher = runs.loc[runs["method"] == "teacher", "f1"].mean()
+    axes.axhline(teacher, color=COLOURS["teacher"], linewidth=1)
+    axes.annotate(
+        "teacher",
+        (1, teacher),
+        (-4, 4),
+        ("axes fraction", "data"),
+        "offset points",
+        color=COLOURS["teacher"],
+        ha="right",
+    )
+    ends = []
+    for name, own in runs[runs["method"] != "teacher"].groupby("method", sort=False):
+        mean, colour = own.groupby("updates")["f1"].mean(), COLOURS.get(name, "#333333")
+        axes.plot(own["updates"], own["f1"], ".", color=colour, alpha=0.5, markersize=5)
+        axes.plot(mean.index, mean, color=colour)
+        ends.append((mean.iloc[-1], mean.index[-1], name, colour))
+    _doublings(axes, runs.loc[runs["updates"] > 0, "updates"])
+    _label_ends(axes, ends)
+
+
+def gains(axes: Axes, contrasts: pd.DataFrame) -> None:
+    """`tables.contrasts` over updates, one line a method: bars are the bootstrap's intervals."""
+    axes.axhline(0, color="black", linewidth=0.8)
+    ends = []
+    for place, (name, own) in enumerate(contrasts.groupby("method", sort=False)):
+        colour, at = COLOURS.get(name, "#333333"), own["updates"] * 1.03**place  # side by side
+        reach = [own["difference"] - own["low"], own["high"] - own["difference"]]
+        axes.errorbar(at, own["difference"], yerr=reach, fmt="o-", color=colour, capsize=3)
+        ends.append((own["difference"].iloc[-1], at.iloc[-1], name, colour))
+    _doublings(axes, contrasts["updates"])
+    _label_ends(axes, ends)
+
+
+def _doublings(axes: Axes, updates: pd.Series) -> None:
+    at = sorted(updates.unique())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at, [f"{n:,}" for n in at])
+    axes.minorticks_off()
+    axes.set(xlabel="updates")
+
+
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names at the lines' right ends, pushed apart where they would overlap."""
     low, high = axes.get_ylim()

@@ -25,6 +25,20 @@ class Run:
     student: str = ""
 
 
+Counted = Mapping[str, Mapping[int, np.ndarray]]  # counts [n, 3] by method and seed
+CONTRASTS = (  # the questions of notebook 05, named before its first run
+    ("pseudo-labels", "student alone"),
+    ("weighted top-k", "pseudo-labels"),
+    ("posterior", "pseudo-labels"),
+    ("structural", "pseudo-labels"),
+    ("structural", "posterior"),
+    ("multi-grained", "weighted top-k"),
+    ("msd", "msd, teacher at rest"),
+    ("adaptive", "adaptive, constant weight"),
+)
+MARGIN = 0.5  # points of F1: within them, two methods are called equal
+
+
 def line(run: Run, parts: Parts) -> str:
     """What to print of a run that has ended."""
     scored = scores.scores(parts.test, run.predicted)
@@ -100,10 +114,15 @@ def compare(
     """F1 of each method minus the baseline's: `differences` of the runs' counts against gold, or
     another reference of the test sentences."""
     reference = [s.spans for s in parts.test] if reference is None else reference
-    counted: dict[str, dict[int, np.ndarray]] = {}
+    return differences(counted(results, reference), baseline)
+
+
+def counted(results: Iterable[Run], reference: scores.Entities) -> Counted:
+    """The runs' counts against a reference of the test sentences."""
+    found: dict[str, dict[int, np.ndarray]] = {}
     for r in results:
-        counted.setdefault(r.method, {})[r.seed] = scores.counts(reference, r.predicted)
-    return differences(counted, baseline)
+        found.setdefault(r.method, {})[r.seed] = scores.counts(reference, r.predicted)
+    return found
 
 
 References = Mapping[str, scores.Entities]  # such as gold's, and the teacher's own
@@ -148,7 +167,7 @@ def _rounded(scored: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in scored.items()}
 
 
-def differences(counted: Mapping[str, Mapping[int, np.ndarray]], baseline: str) -> pd.DataFrame:
+def differences(counted: Counted, baseline: str) -> pd.DataFrame:
     """F1 of each method minus the baseline's, seed by seed, from counts [n, 3] by method and seed:
     how sure is it?
 
@@ -170,3 +189,40 @@ def differences(counted: Mapping[str, Mapping[int, np.ndarray]], baseline: str) 
             | {"seeds_low": mean - half, "seeds_high": mean + half}
         )
     return pd.DataFrame(rows)
+
+
+def contrasts(counted: Counted) -> pd.DataFrame:
+    """CONTRASTS, as far as both sides have at least two equal seeds.
+
+    difference, low, high, p: `scores.hierarchical_bootstrap`. seeds_low, seeds_high: Student's t
+    interval over seeds. holm: p adjusted for the contrasts of the table. verdict: 'shown' where
+    both intervals leave out 0 and holm < 0.05; 'equal' where the bootstrap's 90 % interval lies
+    within MARGIN of 0; else 'not shown'.
+    """
+    rows = []
+    for method, against in CONTRASTS:
+        own, other = counted.get(method, {}), counted.get(against, {})
+        seeds = [seed for seed in own if seed in other]
+        if len(seeds) < 2:
+            continue
+        ours, theirs = (np.stack([side[seed] for seed in seeds]) for side in (own, other))
+        mean, half = scores.interval(scores.f1(ours) - scores.f1(theirs))
+        within = scores.hierarchical_bootstrap(ours, theirs, confidence=0.9)
+        rows.append(
+            {"method": method, "against": against}
+            | scores.hierarchical_bootstrap(ours, theirs)
+            | {"seeds_low": mean - half, "seeds_high": mean + half, "seeds": len(seeds)}
+            | {"equal": within["low"] > -MARGIN and within["high"] < MARGIN}
+        )
+    table = pd.DataFrame(rows)
+    if len(table):
+        table["holm"] = scores.holm(table["p"])
+        equal = table.pop("equal")
+        shown = (table["holm"] < 0.05) & _apart(table, "") & _apart(table, "seeds_")
+        table["verdict"] = np.where(shown, "shown", np.where(equal, "equal", "not shown"))
+    return table
+
+
+def _apart(table: pd.DataFrame, name: str) -> pd.Series:
+    """Whether an interval leaves out 0."""
+    return (table[f"{name}low"] > 0) | (table[f"{name}high"] < 0)

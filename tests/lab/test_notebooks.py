@@ -117,6 +117,8 @@ def small_study(tmp_path, monkeypatch, sources):
     monkeypatch.setattr(study, "BUILD", tmp_path / "build")
     monkeypatch.setattr(study.plots, "gallery", lambda: None)
     (tmp_path / "README.md").write_text("no tables\n")
+    (tmp_path / "notebooks" / "claims.yaml").write_text("{}\n")
+    (tmp_path / "figures").mkdir()
 
 
 @pytest.mark.notebook
