@@ -30,12 +30,11 @@ def legal_iob2(labels: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
     parts = [split_tag(label) for label in labels]
     if any(prefix not in ("O", "B", "I") for prefix, _ in parts):
         raise ValueError(f"expected IOB2 labels, got {list(labels)}")
-    start = torch.tensor([prefix != "I" for prefix, _ in parts])
-    steps = [
-        [prefix != "I" or (before != "O" and kind == last) for prefix, kind in parts]
-        for before, last in parts
-    ]
-    return start, torch.tensor(steps), torch.ones(len(parts), dtype=torch.bool)
+    inside, outside = (torch.tensor([prefix == x for prefix, _ in parts]) for x in "IO")
+    numbers = {kind: i for i, (_, kind) in enumerate(parts)}
+    kinds = torch.tensor([numbers[kind] for _, kind in parts])
+    goes_on = ~outside[:, None] & (kinds[:, None] == kinds)
+    return ~inside, ~inside | goes_on, torch.ones(len(parts), dtype=torch.bool)
 
 
 class LinearChainCRF(nn.Module):

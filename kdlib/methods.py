@@ -68,6 +68,9 @@ class Method:
             raise ValueError(
                 f"{self.name}: expected knobs among {sorted(self.knobs)}, got {unknown}"
             )
+        no_number = sorted(k for k, v in knobs.items() if isinstance(v, float) and math.isnan(v))
+        if no_number:
+            raise ValueError(f"{self.name}: expected numbers, got NaN for {no_number}")
         return replace(self, name=name or self.name, knobs={**self.knobs, **knobs})
 
     @property

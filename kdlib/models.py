@@ -7,7 +7,7 @@ what the layers of one hold while it reads. The other model is `twin_tower.TwinT
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 from kdlib.batches import Batch, Encoded, Layers, encode, in_turn
 from kdlib.crf import Chain, LinearChainCRF, legal_iob2, reversed_rows
-from kdlib.text.files import saving
+from kdlib.text import calls
+from kdlib.text.files import saving, shapes_of, whole
 from kdlib.text.tags import Sentence, Span, to_spans
 
 
@@ -244,9 +245,14 @@ class Tagger(nn.Module):
 
     @torch.no_grad()
     def predict(self, sentences: Sequence[Sentence] | Encoded) -> list[tuple[Span, ...]]:
-        """The entities of the most probable tag sequence, sentence by sentence."""
-        data = sentences if isinstance(sentences, Encoded) else self.encode(sentences)
-        paths = self._in_order(data, lambda batch: self.crf.viterbi(self(batch), batch.mask))
+        """The entities of the most probable tag sequence, sentence by sentence; none where there
+        are no words. TypeError or ValueError for what are no sentences."""
+        if not isinstance(sentences, Encoded):
+            calls.check_sentences(sentences)
+            with_words = [s for s in sentences if s.tokens]
+            found = iter(self.predict(self.encode(with_words)) if with_words else ())
+            return [next(found) if s.tokens else () for s in sentences]
+        paths = self._in_order(sentences, lambda b: self.crf.viterbi(self(b), b.mask))
         return [to_spans([self.labels[k] for k in path.tolist()]) for path in paths]
 
     @torch.no_grad()
@@ -260,11 +266,13 @@ class Tagger(nn.Module):
         if was_training:  # walking through every module costs more than reading a short sentence
             self.eval()
         found: list[Tensor] = [torch.empty(0)] * len(data)
-        for rows, batch in in_turn(data):
-            for row, out in zip(rows, answer(batch.to(device)), strict=True):
-                found[row] = out[: len(data.firsts[row])]
-        if was_training:
-            self.train()
+        try:
+            for rows, batch in in_turn(data):
+                for row, out in zip(rows, answer(batch.to(device)), strict=True):
+                    found[row] = out[: len(data.firsts[row])]
+        finally:
+            if was_training:
+                self.train()
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -285,18 +293,47 @@ class Tagger(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tagger":
-        """Read back what `save_pretrained` wrote; FileNotFoundError if it is not there."""
+        """Read back what `save_pretrained` wrote; FileNotFoundError if it is not there, ValueError
+        if its files are damaged, or say it is larger than its weights are."""
         folder = Path(folder)
         if not (folder / "tagger.json").is_file():
             raise FileNotFoundError(
                 f"{folder}: expected a folder written by Tagger.save_pretrained, with a tagger.json"
             )
-        shape = json.loads((folder / "tagger.json").read_text(encoding="utf8"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        encoder = build(shape.pop("kind"), shape.pop("encoder"))
-        model = cls(encoder, tokenizer, **shape)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model.eval()
+        with whole(folder, "Tagger"):
+            shape = json.loads((folder / "tagger.json").read_text(encoding="utf8"))
+            kind, config = shape.pop("kind"), shape.pop("encoder")
+            there = shapes_of(folder / "model.safetensors")
+            fits(there, {"crf.start": (len(shape["labels"]),)})
+            layers = max(
+                config.get(name, 0) for name in ("layers", "num_hidden_layers", "n_layers")
+            )
+            if layers > len(there):
+                raise ValueError(f"expected at most {len(there)} layers, got {layers}")
+            with torch.device("meta"):  # shapes, and no memory
+                skeleton = build(kind, config).state_dict()
+            fits(there, {f"encoder.{name}": tuple(w.shape) for name, w in skeleton.items()})
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = cls(build(kind, config), tokenizer, **shape)
+            return filled(model, folder / "model.safetensors")
+
+
+def fits(there: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError, before anything of that size is made, unless a file's tensors are as wanted."""
+    for name, shape in wanted.items():
+        if there.get(name) != shape:
+            raise ValueError(f"{name}: expected {shape}, got {there.get(name)} in the weights")
+
+
+def filled(model: nn.Module, weights: Path) -> nn.Module:
+    """The model with the weights of a file, in evaluation mode; ValueError for weights that are no
+    numbers."""
+    read = load_file(weights)
+    wrong = [name for name, w in read.items() if not bool(w.isfinite().all())]
+    if wrong:
+        raise ValueError(f"expected finite weights, got NaN or infinity in {wrong[:3]}")
+    model.load_state_dict(read)
+    return model.eval()
 
 
 class Pupil(nn.Module):

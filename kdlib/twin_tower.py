@@ -9,29 +9,29 @@ The paper softmaxes over "all its labels"; as most words have none, "none" is a 
 from its pieces.
 """
 
+import contextlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdlib.batches import in_turn
 from kdlib.crf import Chain, reversed_rows
+from kdlib.models import filled, fits
 from kdlib.text import calls
-from kdlib.text.files import saving
+from kdlib.text.files import saving, shapes_of, whole
 from kdlib.text.readers import WORD
 from kdlib.text.tags import Sentence, Span, word_runs
 
 CONFIG = "twin_tower.json"
-DAMAGED = (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError)
 
 
 @dataclass
@@ -270,15 +270,13 @@ class TwinTower(nn.Module):
     @torch.inference_mode()
     def word_labels(self, data: OpenRows) -> list[list[int]]:
         """Per word 0, or 1 + the label's place among those its sentence is asked for."""
-        was_training = self.training
-        self.eval()
         found: list[list[int]] = [[] for _ in data.words]
-        for rows, batch in in_turn(data):
-            probabilities = self(batch.to(self.none.device)).softmax(-1).cpu()
-            for r, own, columns in zip(rows, probabilities, batch.columns, strict=True):
-                _, best = _decide(own[: len(data.words[r]), columns], 0.5)
-                found[r] = best.tolist()
-        self.train(was_training)
+        with self._at_rest():
+            for rows, batch in in_turn(data):
+                probabilities = self(batch.to(self.none.device)).softmax(-1).cpu()
+                for r, own, columns in zip(rows, probabilities, batch.columns, strict=True):
+                    _, best = _decide(own[: len(data.words[r]), columns], 0.5)
+                    found[r] = best.tolist()
         return found
 
     def predict_entities(
@@ -319,20 +317,30 @@ class TwinTower(nn.Module):
         rows = sorted((i for i, w in enumerate(words) if w), key=lambda i: len(words[i]))
         if not labels or not rows:
             return found
-        was_training, device = self.training, self.none.device
-        self.eval()
-        towers = self.label_vectors(_bags([self.pieces(label) for label in labels]).to(device)).T
-        for part in calls.batches(rows, [len(w) for w in words], batch_size):
-            lengths = [len(words[i]) for i in part]
-            ends = torch.tensor(lengths, device=device)[:, None]
-            mask = torch.arange(max(lengths), device=device) < ends
-            bags = _bags([self.pieces(texts[i][a:b]) for i in part for a, b in words[i]])
-            scores = self.word_vectors(bags.to(device), mask) @ towers
-            likely, best = (t.tolist() for t in _decide(scores.softmax(-1), threshold))
-            for i, p, b in zip(part, likely, best, strict=True):
-                found[i] = calls.entities(texts[i], words[i], p, b, labels)
-        self.train(was_training)
+        device = self.none.device
+        with self._at_rest():
+            asked = _bags([self.pieces(label) for label in labels]).to(device)
+            towers = self.label_vectors(asked).T
+            for part in calls.batches(rows, [len(w) for w in words], batch_size):
+                lengths = [len(words[i]) for i in part]
+                ends = torch.tensor(lengths, device=device)[:, None]
+                mask = torch.arange(max(lengths), device=device) < ends
+                bags = _bags([self.pieces(texts[i][a:b]) for i in part for a, b in words[i]])
+                scores = self.word_vectors(bags.to(device), mask) @ towers
+                likely, best = (t.tolist() for t in _decide(scores.softmax(-1), threshold))
+                for i, p, b in zip(part, likely, best, strict=True):
+                    found[i] = calls.entities(texts[i], words[i], p, b, labels)
         return found
+
+    @contextlib.contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """In evaluation mode inside the block, and as it was after it."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write twin_tower.json, model.safetensors and the tokenizer into `folder`, whole or not at
@@ -352,18 +360,16 @@ class TwinTower(nn.Module):
             raise FileNotFoundError(
                 f"{folder}: expected a folder written by TwinTower.save_pretrained, with a {CONFIG}"
             )
-        try:
+        with whole(folder, "TwinTower"):
             config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = cls(tokenizer, **config)
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except DAMAGED as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(
-                f"{folder}: expected the files of a whole TwinTower, got {type(error).__name__}: "
-                f"{reason}"
-            ) from error
-        return model.eval()
+            there = shapes_of(folder / "model.safetensors")
+            if config["layers"] > len(there):
+                raise ValueError(f"expected at most {len(there)} layers, got {config['layers']}")
+            with torch.device("meta"):  # shapes, and no memory
+                skeleton = cls(tokenizer, **config).state_dict()
+            fits(there, {name: tuple(w.shape) for name, w in skeleton.items()})
+            return filled(cls(tokenizer, **config), folder / "model.safetensors")
 
 
 def _decide(probabilities: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

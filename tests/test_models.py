@@ -1,12 +1,17 @@
+import contextlib
+import json
+import time
+
 import pytest
 import torch
 from conftest import SENTENCES, tagger
+from safetensors.torch import load_file, save
 
 from kdlib.lab import targets
 from kdlib.models import Tagger
 from kdlib.students import encoders
 from kdlib.teachers.tagger import Taught
-from kdlib.text.tags import to_iob2
+from kdlib.text.tags import Sentence, to_iob2
 
 
 @pytest.mark.parametrize("student", ["transformer", "bilstm"])
@@ -25,11 +30,89 @@ def test_saved_models_predict_the_same(tiny, tmp_path, student):
         Tagger.from_pretrained(tmp_path)
 
 
+def saved(backbone, folder, encoder=None):
+    """A saved tagger, its files and what its tagger.json says."""
+    tagger(backbone, encoder=encoder).save_pretrained(folder)
+    return json.loads((folder / "tagger.json").read_text())
+
+
+def test_a_damaged_folder_is_one_clear_error(tiny, tmp_path):
+    saved(tiny, tmp_path / "m")
+    whole = {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()}
+    nan = load_file(tmp_path / "m" / "model.safetensors")
+    nan["output.bias"][0] = float("nan")
+    damages = {
+        "model.safetensors": [b"", whole["model.safetensors"][:500], None, save(nan)],
+        "tagger.json": [b"{", b"{}", b"[]", b'{"kind": "lstm", "encoder": {}}'],
+        "tokenizer.json": [b"{}", b"null"],
+    }
+    for name, contents in damages.items():
+        file = tmp_path / "m" / name
+        for content in contents:
+            file.unlink() if content is None else file.write_bytes(content)
+            with pytest.raises(ValueError, match="m: expected the files of a whole Tagger"):
+                Tagger.from_pretrained(tmp_path / "m")
+            file.write_bytes(whole[name])
+    assert Tagger.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        {"labels": ["O", *(f"B-{i}" for i in range(100_000))]},
+        {"encoder": {"layers": 100_000}},
+        {"encoder": {"vocabulary": 10**11}},
+        {"encoder": {"hidden": 10**7}},
+    ],
+)
+def test_a_folder_that_claims_to_be_huge_is_refused_before_it_is_made(tiny, tmp_path, claimed):
+    shape = saved(tiny, tmp_path / "m", encoders.lstm(tiny.encoder, 8, 6))
+    for name, value in claimed.items():
+        shape[name] = shape[name] | value if isinstance(value, dict) else value
+    (tmp_path / "m" / "tagger.json").write_text(json.dumps(shape))
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="expected the files of a whole Tagger"):
+        Tagger.from_pretrained(tmp_path / "m")
+    assert time.perf_counter() - began < 20  # not the hours and gigabytes it asked for
+
+
+def test_a_model_folder_is_data_never_code(tiny, tmp_path, monkeypatch):
+    """Neither run nor asked about: a prompt would be answered by whatever feeds the input."""
+    saved(tiny, tmp_path / "m")
+    mark = tmp_path / "ran"
+    (tmp_path / "m" / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    file = tmp_path / "m" / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {"tokenizer_class": "Evil"}
+    file.write_text(
+        json.dumps(config | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}})
+    )
+    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked"))
+    with contextlib.suppress(ValueError):
+        Tagger.from_pretrained(tmp_path / "m")
+    assert not mark.exists()
+
+
 def test_predictions_are_legal_and_one_a_sentence(tiny):
     predicted = tagger(tiny).predict(SENTENCES)
     assert len(predicted) == len(SENTENCES)
     for spans, sentence in zip(predicted, SENTENCES, strict=True):
         to_iob2(spans, len(sentence.tokens))
+
+
+def test_what_is_no_sentence_is_one_clear_error_and_no_words_no_entities(tiny):
+    model = tagger(tiny)
+    alone = model.predict(SENTENCES[:1])
+    assert model.predict([Sentence(()), SENTENCES[0], Sentence(())]) == [(), *alone, ()]
+    assert model.predict([]) == [] and model.predict([Sentence(())]) == [()]
+    for wrong, error, got in (
+        ("Anna lives here", TypeError, "got one str"),
+        (SENTENCES[0], TypeError, "got one Sentence"),
+        ([["Anna", "lives"]], TypeError, "got list"),
+        ([None], TypeError, "got NoneType"),
+        ([Sentence(("Anna\ud800",))], ValueError, "whole characters"),
+    ):
+        with pytest.raises(error, match=rf"sentences: expected .*{got}"):
+            model.predict(wrong)
 
 
 def test_predicting_leaves_the_mode_alone_and_batches_do_not_matter(tiny):

@@ -223,18 +223,21 @@ def test_saving_never_deletes_what_is_not_its_own(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "twin")
     before = (tmp_path / "twin" / "model.safetensors").read_bytes()
     nn.init.zeros_(model.none)
-    replace, calls = os.replace, []
 
     def failing(source, target):
-        calls.append(1)
-        if len(calls) == 2:  # the old folder stands aside, the new one is about to take its name
-            raise OSError("disk gone")
-        replace(source, target)
+        raise OSError("disk gone")
 
-    monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="disk gone"):
-        model.save_pretrained(tmp_path / "twin")
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="disk gone"):
+            model.save_pretrained(tmp_path / "twin")
     assert (tmp_path / "twin" / "model.safetensors").read_bytes() == before
+    (tmp_path / "twin" / ".saving.killed").mkdir()
+    monkeypatch.chdir(tmp_path / "twin")
+    model.save_pretrained(".")  # the folder one stands in stays the same folder
+    assert (tmp_path / "twin").samefile(".")
+    assert (tmp_path / "twin" / "model.safetensors").read_bytes() != before
+    assert not list((tmp_path / "twin").glob(".saving*"))
 
 
 def test_a_long_text_does_not_make_padding_of_short_ones():
@@ -271,3 +274,13 @@ def test_at_its_full_size_it_has_at_most_six_million_parameters_and_starts_from_
     assert model.parameters_in_all <= 6_000_000
     rows = targets.pca(backbone.encoder.model.get_input_embeddings().weight.detach(), 128)
     assert model.embedding.weight[: len(rows)].equal(rows)
+
+
+def test_an_exception_leaves_the_mode_as_it_was(model, monkeypatch):
+    model.train()
+    with pytest.raises(TypeError, match="texts: expected strings, got NoneType"):
+        model.inference([None], LABELS)
+    monkeypatch.setattr(model, "pieces", lambda text: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.inference(["Anna"], LABELS)
+    assert model.training

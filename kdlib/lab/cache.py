@@ -1,13 +1,17 @@
 """A cache keyed by content: the same inputs give the same key, anything else another.
 
-Files appear whole or not at all, and two processes never make the same entry at once (a lock).
+Files appear whole or not at all, and two processes never make the same entry at once (a lock). An
+entry begins with the SHA-256 of the rest; one that does not fit it is set aside and made again.
 """
 
+import ast
 import dataclasses
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,36 @@ import platformdirs
 import torch
 from filelock import FileLock
 
-from kdlib.text.files import replacing, write_text
+from kdlib.text.files import replacing
 
-# Part of every key. Raise it when a change to kdlib changes what a model learns or a teacher says:
-# the golden test tells, and what was made before is then made again.
+# What records are found by. Raise it when a change to kdlib changes what a model learns or a
+# teacher says: the golden test tells, and what was made before is then made again.
 VERSION = 2
-MADE_BY = (VERSION, version("torch"), version("transformers"), version("gliner"))
+
+
+def code(folder: Path, names: Iterable[str]) -> str:
+    """A digest of the Python files that make numbers, docstrings and comments left out."""
+    sha = hashlib.sha256()
+    for file in sorted(f for name in names for f in folder.glob(name)):
+        tree = ast.parse(file.read_text(encoding="utf8"))
+        for node in ast.walk(tree):
+            first = next(iter(getattr(node, "body", []) or []), None) if _has_docstring(node) else 0
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                node.body = [*node.body[1:], ast.Pass()]
+        sha.update(f"{file.name}:{ast.dump(tree)}".encode())
+    return sha.hexdigest()[:16]
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return isinstance(node, kinds)
+
+
+# Part of every key. What the lab itself makes of these, sentences and settings, is in the keys.
+NUMBERS = ("*.py", "students/*.py", "teachers/*.py", "lab/train.py")
+SOURCES = code(Path(__file__).parents[1], NUMBERS)
+LIBRARIES = tuple(version(name) for name in ("torch", "transformers", "gliner"))
+MADE_BY = (VERSION, SOURCES, LIBRARIES)
 
 
 def folder() -> Path:
@@ -102,28 +130,67 @@ def spent(stage: str, seconds: float) -> None:
         log.write(f"{stage},{seconds:.2f}\n")
 
 
+def write(file: Path, content: bytes) -> None:
+    """An entry, whole or not at all, after its checksum."""
+    with replacing(file) as aside:
+        aside.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+def read(file: Path) -> bytes | None:
+    """An entry's content; None where there is none, or none that is whole: that one is renamed to
+    *.damaged, which is said, and may be looked at."""
+    if not file.exists():
+        return None
+    stored = file.read_bytes()
+    if hashlib.sha256(stored[32:]).digest() == stored[:32]:
+        return stored[32:]
+    os.replace(file, file.with_name(f"{file.name}.damaged"))
+    warnings.warn(f"{file}: damaged, set aside and made again", stacklevel=2)
+    return None
+
+
+def packed(stored: dict) -> bytes:
+    """Tensors and plain values as `torch.save` writes them."""
+    buffer = io.BytesIO()
+    torch.save(stored, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes) -> dict:
+    """What was `packed`: data, never code."""
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+
+
+def _remembered(file: Path, make: Callable[[], bytes]) -> bytes:
+    """An entry, made and stored first if it is not there; whole ones are read without a lock, so
+    that a cache one may not write to serves too."""
+    content = read(file)
+    if content is None:
+        with locked(file):
+            content = read(file)
+            if content is None:
+                content = make()
+                write(file, content)
+    return content
+
+
 def tensors(
     kind: str, key: str, make: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """The tensors stored under `kind`/`key`, made and stored first if they are not there."""
-    file = path(kind, f"{key}.pt")
-    with locked(file):
-        if not file.exists():
-            made = make()
-            with replacing(file) as aside:
-                torch.save(made, aside)
-        return load(kind, key)
+    return unpacked(_remembered(path(kind, f"{key}.pt"), lambda: packed(make())))
 
 
 def load(kind: str, key: str) -> dict[str, torch.Tensor]:
-    """The tensors stored under `kind`/`key`; FileNotFoundError where they are not."""
-    return torch.load(path(kind, f"{key}.pt"), weights_only=True)
+    """The tensors stored under `kind`/`key`; FileNotFoundError where they are not, or damaged."""
+    file = path(kind, f"{key}.pt")
+    content = read(file)
+    if content is None:
+        raise FileNotFoundError(f"{file}: expected an entry of the cache, got none that is whole")
+    return unpacked(content)
 
 
 def record(kind: str, key: str, make: Callable[[], dict]) -> dict:
     """The JSON record stored under `kind`/`key`, made and stored first if it is not there."""
     file = path(kind, f"{key}.json")
-    with locked(file):
-        if not file.exists():
-            write_text(file, json.dumps(make(), indent=1))
-        return json.loads(file.read_text(encoding="utf8"))
+    return json.loads(_remembered(file, lambda: json.dumps(make(), indent=1).encode("utf8")))

@@ -15,7 +15,6 @@ import yaml
 from kdlib.lab.tables import CONTRASTS, MARGIN
 from kdlib.text.files import ROOT, write_text
 
-
 COLUMNS = ["claim", "says", "table", "figure", "difference", "low", "high", "seeds_low"]
 COLUMNS += ["seeds_high", "seeds", "verdict", "named", "bears", "holds"]
 

@@ -185,7 +185,7 @@ def planned(
     """Run name -> (notebook, checked parameters), everything checked before anything runs;
     ValueError for what does not fit."""
     rows = study()
-    runs = {}
+    runs: dict[str, tuple[str, dict[str, Any]]] = {}
     for stem in stems:
         for i, parameters in enumerate(rows[stem].get(profile, [])):
             name = f"{stem}.{profile}" + (f".{i + 1}" if i else "")
@@ -197,6 +197,8 @@ def planned(
                     Path(parameters["dataset"]).absolute()
                 )  # notebooks run in their own folder
             runs[name] = stem, parameters
+    if not runs:
+        raise ValueError(f"--profile: expected one that {stems} have, got {profile!r}")
     return runs
 
 

@@ -54,6 +54,14 @@ class Album:
     about: str = ""
     seeds: int = 1
 
+    def __post_init__(self) -> None:
+        inside = self.folder.name not in ("", ".", "..") and not set(self.suffix) & set("/\\\0")
+        if not inside:
+            raise ValueError(
+                f"expected a folder of figures/ and a suffix without slashes, got {self.folder} "
+                f"and {self.suffix!r}"
+            )
+
     def save(
         self,
         stem: str,
@@ -83,7 +91,7 @@ def save(
         with replacing(stem.with_name(f"{stem.name}.svg")) as aside:
             figure.savefig(aside, format="svg", metadata={"Date": None, "Creator": None})
     index = stem.parent / "index.json"
-    with cache.locked(cache.folder() / "figures"):
+    with cache.locked(index):
         entries = json.loads(index.read_text(encoding="utf8")) if index.exists() else {}
         entry = {"caption": caption, "figure": figure is not None, "seeds": seeds}
         entries[stem.name] = entry | {"machine": machine(), "code": code()}

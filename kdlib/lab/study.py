@@ -196,7 +196,9 @@ class Study:
         for method in wanted:
             for student in students if method != "teacher" else ():
                 self.check(method, student)
-        done: list[Run] = []
+        seeds, done = list(seeds), []
+        if not seeds:
+            raise ValueError("seeds: expected at least one, got none")
         for seed in seeds:
             for method in wanted:
                 if method != "teacher":
@@ -289,7 +291,7 @@ class Study:
                 "train_seconds": history[-1]["seconds"],
             }
 
-        if keep and not cache.path("weights", f"{key}.pt").exists():
+        if keep and cache.read(cache.path("weights", f"{key}.pt")) is None:
             cache.path("runs", f"{key}.json").unlink(missing_ok=True)  # half an entry is none
         record = cache.record("runs", key, make)
         record["predicted"] = [[Span(*span) for span in spans] for spans in record["predicted"]]

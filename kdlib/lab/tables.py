@@ -100,7 +100,7 @@ def closer_look(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
                 if teacher is None
                 else scores.agreement(r.predicted, teacher)
             }
-            | {kind: kinds[kind]["f1"] for kind in sorted(kinds)}
+            | {f"f1 of {kind}": kinds[kind]["f1"] for kind in sorted(kinds)}
         )
     return pd.DataFrame(rows).groupby("method", sort=False).mean().reset_index()
 

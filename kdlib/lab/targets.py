@@ -27,8 +27,11 @@ from kdlib.teachers import gliner
 from kdlib.teachers.gliner import Answer, Recipe, Told
 from kdlib.teachers.tagger import Taught, words_of
 from kdlib.text.corpora import Dataset, Parts, in_words
+from kdlib.text.files import replacing
 from kdlib.text.tags import Sentence, Span, to_spans
 from kdlib.twin_tower import OpenRows
+
+MOST_SURROGATES = 8e9  # bytes
 
 
 def pca(table: Tensor, width: int) -> Tensor:
@@ -99,13 +102,20 @@ def with_surrogates(
     data: Encoded, teacher: Taught | Told, k: int, weight_temperature: float = 1.0
 ) -> Encoded:
     """The same sentences with the surrogate labels of the teacher's k best paths; ValueError unless
-    `with_teacher` came first.
+    `with_teacher` came first, or where they would be too many to hold.
 
     Their counts of neighbouring labels take K^2 numbers a word, in memory and in the cache.
     """
     if data.teacher is None:
         raise ValueError("expected sentences with their teacher's emissions, got none")
     _same_labels(data, teacher)
+    needed = 4 * sum(data.lengths) * len(data.labels) ** 2
+    if needed > MOST_SURROGATES:
+        raise ValueError(
+            f"{len(data.labels)} labels and {sum(data.lengths)} words: expected counts of "
+            f"neighbouring labels of at most {MOST_SURROGATES / 1e9:.0f} GB, got "
+            f"{needed / 1e9:.0f} GB: take structural or posterior, which store none, or less text"
+        )
     key = cache.digest("surrogates", teacher.crf, data.teacher, k, weight_temperature)
     stored = cache.tensors(
         "surrogates", key, lambda: _counted(data, teacher, k, weight_temperature)
@@ -236,12 +246,14 @@ def trained_gliner(parts: Parts, recipe: Recipe, encoder: str = "minilm") -> GLi
     pieces = backbone.tokenizer.backend_tokenizer.to_str()
     made_of = [backbone.encoder, pieces, recipe, asked, parts.teaching]
     folder = cache.path("gliner", cache.digest("gliner", *made_of))
+    if folder.exists():  # whole: it was renamed to this
+        return gliner.load(str(folder))
     with cache.locked(folder):
         if not folder.exists():
             start = time.perf_counter()
             model = gliner.train(parts.teaching, asked, recipe, encoder)
             cache.spent("training teachers", time.perf_counter() - start)
-            with cache.replacing(folder) as aside:
+            with replacing(folder) as aside:
                 model.save_pretrained(aside, safe_serialization=True)
     return gliner.load(str(folder))
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdlib.batches import Rows, order
-from kdlib.text.files import replacing
+from kdlib.lab import cache
 
 Loss = Callable[[nn.Module, Any, Any, float], Tensor]  # of model, output, batch, share of updates
 
@@ -74,8 +74,9 @@ def fit(
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     state = {"step": 0, "seconds": 0.0, "history": [], "best": None}
-    if checkpoint and checkpoint.exists():
-        state = _resume(checkpoint, model, optimizer, loss)
+    stored = cache.read(checkpoint) if checkpoint else None
+    if stored is not None:
+        state = _resume(cache.unpacked(stored), model, optimizer, loss)
     evaluate_at = {
         round(settings.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)
     }
@@ -151,14 +152,11 @@ def _save(
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     everything = state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     everything |= {"loss": loss.state_dict()} if hasattr(loss, "state_dict") else {}
-    with replacing(checkpoint) as aside:
-        torch.save(everything | {"random": torch.get_rng_state(), "random_devices": devices}, aside)
+    everything |= {"random": torch.get_rng_state(), "random_devices": devices}
+    cache.write(checkpoint, cache.packed(everything))
 
 
-def _resume(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss
-) -> dict:
-    stored = torch.load(checkpoint, weights_only=True, map_location="cpu")
+def _resume(stored: dict, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> dict:
     model.load_state_dict(stored.pop("model"))
     optimizer.load_state_dict(stored.pop("optimizer"))
     if "loss" in stored:

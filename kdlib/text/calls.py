@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
-from kdlib.text.tags import word_runs
+from kdlib.text.tags import Sentence, word_runs
 
 MOST_WORDS = 16_000  # of a batch, padding included
 
@@ -38,6 +38,22 @@ def entities(
     return out
 
 
+def check_sentences(sentences: Sequence[Sentence]) -> None:
+    """TypeError for what are no sentences; ValueError for a word that is no text."""
+    if isinstance(sentences, (str, Sentence)):
+        raise TypeError(f"sentences: expected a list of them, got one {type(sentences).__name__}")
+    wrong = [type(s).__name__ for s in sentences if not isinstance(s, Sentence)]
+    if wrong:
+        raise TypeError(f"sentences: expected Sentence(words), got {wrong[0]}")
+    for s in sentences:
+        try:
+            " ".join(s.tokens).encode("utf8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"sentences: expected words of whole characters, got {ascii(s.tokens)[:120]}"
+            ) from None
+
+
 def labels_of(labels: Sequence[str]) -> list[str]:
     """The labels asked for, each once; TypeError or ValueError for what are no labels."""
     listed = isinstance(labels, Sequence) and not isinstance(labels, str)
@@ -53,9 +69,9 @@ def check(
     texts: Sequence[str], threshold: float, flat_ner: bool, multi_label: bool, batch_size: int
 ) -> None:
     """TypeError or ValueError for arguments that cannot be answered."""
-    wrong = next((t for t in texts if not isinstance(t, str)), None)
-    if wrong is not None:
-        raise TypeError(f"texts: expected strings, got {type(wrong).__name__}")
+    wrong = [type(t).__name__ for t in texts if not isinstance(t, str)]
+    if wrong:
+        raise TypeError(f"texts: expected strings, got {wrong[0]}")
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a probability from 0 to 1, got {threshold!r}")
     if not flat_ner or multi_label:

@@ -135,6 +135,9 @@ def shuffled(
             f"sentences, got labelled={labelled}, transfer={transfer}"
         )
     ends = dataset.dev[: dev or None], dataset.test[: test or None]
+    for name, end in zip(("dev", "test"), ends, strict=True):
+        if any(s.spans is None for s in end):
+            raise ValueError(f"{dataset.name}: expected labels in all of {name}, got text alone")
     whole = dataset.documents if test in (0, len(dataset.test)) else ()
     return Parts(dataset.types, mixed[:cut], rest[: transfer or None], *ends, documents=whole)
 

@@ -7,6 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+ASIDE = ".saving."  # folders to write in begin so
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: data, figures, notebooks
 
 
@@ -18,41 +21,71 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield aside / path.name
         made = aside / path.name
-        if not (made.is_dir() and path.is_dir()):
-            os.replace(made, path)
-            return
-        os.replace(path, aside / "old")  # a folder cannot be renamed over another
-        try:
-            os.replace(made, path)
-        except BaseException:
-            os.replace(aside / "old", path)
-            raise
+        if made.is_file():
+            with made.open("rb") as written:  # on the disk before it has a name
+                os.fsync(written.fileno())
+        os.replace(made, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def saving(folder: str | Path) -> Iterator[Path]:
-    """A folder to write a model into, which takes the place of an earlier one whole or not at all.
+    """A folder to write a model into: a new one appears whole or not at all, in an earlier one file
+    after file is replaced, so that it stays the same folder and no file is ever half there.
 
     FileExistsError if `folder` is a file, or holds files that this model would not write: nobody's
     work is deleted.
     """
     target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
+    if not target.exists():
+        with replacing(target) as aside:
+            aside.mkdir()
+            yield aside
+        return
+    if not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder or nothing, got a file")
-    with replacing(target) as aside:
-        aside.mkdir()
+    for leftover in target.glob(f"{ASIDE}*"):  # of a save that was killed
+        shutil.rmtree(leftover)
+    aside = Path(tempfile.mkdtemp(dir=target, prefix=ASIDE))
+    try:
         yield aside
-        there = {f.name for f in target.iterdir()} if target.exists() else set()
-        strange = sorted(there - {f.name for f in aside.iterdir()})
+        made = sorted(f.name for f in aside.iterdir())
+        strange = sorted({f.name for f in target.iterdir()} - {*made, aside.name})
         if strange:
             raise FileExistsError(
                 f"{target}: expected a new folder or an earlier save of this model, got {strange}"
             )
+        for name in made:
+            os.replace(aside / name, target / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf8", newline="\n")
+
+
+DAMAGED = (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError)
+
+
+@contextlib.contextmanager
+def whole(folder: Path, what: str) -> Iterator[None]:
+    """One ValueError that names the folder and what it should hold, for whatever is wrong with its
+    files."""
+    try:
+        yield
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ValueError(
+            f"{folder}: expected the files of a whole {what}, got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def shapes_of(weights: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a safetensors file by name, from its header alone: what a model made of its
+    folder may be as large as."""
+    with safe_open(weights, framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

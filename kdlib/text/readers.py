@@ -223,9 +223,8 @@ def _from_word_spans(item: dict) -> Sentence:
     tokens = _words(item["tokenized_text"])
     if item.get("ner") is None:
         return Sentence(tokens)
-    spans = tuple(
-        Span(first, last + 1, kind) for first, last, kind in sorted(_triples(item["ner"]))
-    )
+    found = sorted(set(_triples(item["ner"])))  # the same one twice counts once
+    spans = tuple(Span(first, last + 1, kind) for first, last, kind in found)
     for span in spans:
         to_iob2(
             [span], len(tokens)
@@ -246,7 +245,7 @@ def _from_character_spans(item: dict) -> Sentence:
         {m.end(): i + 1 for i, m in enumerate(found)},
     )
     spans = []
-    for start, end, kind in sorted(_triples(item["entities"])):
+    for start, end, kind in sorted(set(_triples(item["entities"]))):
         if not 0 <= start < end <= len(text):
             raise Unfit(f"a span within the {len(text)} characters", f"[{start}, {end})")
         if start not in begins or end not in ends:

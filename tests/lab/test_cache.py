@@ -9,7 +9,7 @@ from conftest import bert
 from kdlib.crf import LinearChainCRF, legal_iob2
 from kdlib.lab import cache
 from kdlib.lab.train import Settings
-from kdlib.text.files import replacing, write_text
+from kdlib.text.files import ROOT, replacing, write_text
 
 
 def test_digests_tell_contents_apart():
@@ -67,6 +67,54 @@ def test_an_entry_is_made_once_and_a_failed_one_leaves_nothing(tmp_path):
     for _ in range(2):
         assert cache.record("x", "k", lambda: calls.append(1) or {"a": 1.5}) == {"a": 1.5}
     assert len(calls) == 1
+
+
+def flipped(content):
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+@pytest.mark.parametrize("damage", [lambda c: b"", lambda c: c[:40], lambda c: b"x" * 99, flipped])
+@pytest.mark.parametrize("kind", ["record", "tensors"])
+def test_a_damaged_entry_is_set_aside_and_made_again(damage, kind):
+    wanted = {"a": 1.5} if kind == "record" else {"a": torch.arange(9)}
+    store = getattr(cache, kind)
+    store("x", "k", lambda: wanted)
+    (file,) = (f for f in (cache.folder() / "x").iterdir() if f.suffix != ".lock")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{file.name}: damaged, set aside and made again"):
+        again = store("x", "k", lambda: wanted)
+    assert str(again) == str(wanted) and file.with_name(f"{file.name}.damaged").exists()
+    assert str(store("x", "k", lambda: pytest.fail("made twice"))) == str(wanted)
+
+
+def test_weights_that_are_not_there_or_damaged_are_an_error_not_a_guess():
+    with pytest.raises(FileNotFoundError, match="expected an entry of the cache"):
+        cache.load("x", "k")
+    cache.tensors("x", "k", lambda: {"a": torch.zeros(3)})
+    cache.path("x", "k.pt").write_bytes(b"half")
+    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match="none that is whole"):
+        cache.load("x", "k")
+
+
+def test_whole_entries_need_no_lock(monkeypatch):
+    """So a cache that one may read and not write to serves."""
+    cache.record("x", "k", lambda: {"a": 1})
+    monkeypatch.setattr(cache, "locked", lambda path: pytest.fail("locked"))
+    assert cache.record("x", "k", lambda: pytest.fail("made")) == {"a": 1}
+
+
+def test_keys_hold_the_code_that_makes_numbers_and_not_its_comments(tmp_path):
+    file = tmp_path / "losses.py"
+    digests = []
+    for text in (
+        'def f(x):\n    """Twice."""\n    return 2 * x\n',
+        'def f(x):\n    """Two times x."""\n    return 2 * x  # why\n',
+        "def f(x):\n    return 3 * x\n",
+    ):
+        file.write_text(text)
+        digests.append(cache.code(tmp_path, ["*.py"]))
+    assert digests[0] == digests[1] != digests[2]
+    assert cache.code(ROOT / "kdlib", cache.NUMBERS) == cache.SOURCES
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -42,6 +43,12 @@ def test_a_dot_in_a_name_is_no_ending(tmp_path):
         "01_table_alpha0.2.csv",
         "01_table_alpha0.5.csv",
     }
+
+
+@pytest.mark.parametrize(("folder", "suffix"), [("..", ""), ("x", "/../../y"), ("", "")])
+def test_nothing_is_written_outside_the_figures(folder, suffix):
+    with pytest.raises(ValueError, match="expected a folder of figures/ and a suffix without"):
+        plots.Album(Path(folder), suffix)
 
 
 def test_the_gallery_names_caption_seeds_and_notebook(tmp_path):

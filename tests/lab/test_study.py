@@ -46,6 +46,19 @@ def wise(parts, sure=0.9):
     return Told(answers, parts.types)
 
 
+def test_no_seeds_and_no_number_are_errors(study):
+    with pytest.raises(ValueError, match="seeds: expected at least one, got none"):
+        study.runs(["student alone"], ["bilstm"], [])
+    with pytest.raises(ValueError, match=r"expected numbers, got NaN for \['alpha'\]"):
+        chosen(["posterior"], alpha=float("nan"))
+
+
+def test_surrogates_too_large_to_hold_are_refused_with_their_size(study, monkeypatch):
+    monkeypatch.setattr(targets, "MOST_SURROGATES", 100)
+    with pytest.raises(ValueError, match="counts of neighbouring labels of at most 0 GB, got 0 GB"):
+        study.run("top-k", "bilstm", 0)
+
+
 # ---- parts ----
 
 
@@ -56,6 +69,9 @@ def test_the_parts_do_not_overlap_and_transfer_has_no_labels(study):
     both = parts.labelled + parts.transfer_gold
     assert Counter(s.tokens for s in both) <= Counter(s.tokens for s in CORPUS.train)
     assert shuffled(CORPUS, 6, 8) == parts
+    unlabelled = replace(CORPUS, test=[SENTENCES[0].without_labels()])
+    with pytest.raises(ValueError, match="tiny: expected labels in all of test, got text alone"):
+        shuffled(unlabelled)
     for wrong in ({"labelled": 17}, {"labelled": 6, "transfer": 11}):
         with pytest.raises(ValueError, match="expected at most 16 labelled"):
             shuffled(CORPUS, **wrong)

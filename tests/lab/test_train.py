@@ -81,6 +81,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tiny_folder, tmp_pa
     assert same(whole, again) and without_time(resumed) == without_time(history)
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_again(tiny_folder, tmp_path):
+    whole, _ = trained(tiny_folder)
+    checkpoint = tmp_path / "run.pt"
+    checkpoint.write_bytes(b"half a checkpoint")
+    with pytest.warns(UserWarning, match="run.pt: damaged, set aside"):
+        again, _ = trained(tiny_folder, checkpoint=checkpoint)
+    assert same(whole, again)
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_place(tiny_folder):
     calls = []
 
