@@ -5,6 +5,7 @@ is reported with its cell and error, and the others still run.
 """
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -131,13 +132,15 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
     files = [ROOT / "notebooks" / f"{stem}.ipynb", *_sources()]
     for name in (used.get(parameter, "").strip("'\"") for parameter in ("dataset", "unseen")):
         files += filter(None, locate(name) if name else [])
+    for name in (used.get(parameter, "").strip("'\"") for parameter in ("encoder", "teacher")):
+        files += sorted(f for f in Path(name).glob("*") if f.is_file()) if name[:1] == "/" else []
     if "results" in used:
         files += sorted(
             (ROOT / "figures").glob("*/[0-9][0-9]_table*.csv")
         )  # what other notebooks have left to read
     if "ladders" in used:
         files += [ROOT / "notebooks" / "evidence.yaml", *sorted((ROOT / "data" / "runs").glob("*"))]
-    return cache.digest(used, [hashlib.sha256(f.read_bytes()).hexdigest() for f in files])
+    return cache.digest(used, [_sha(f) for f in files])
 
 
 def _transport(folder: str) -> Config:
@@ -191,15 +194,45 @@ def planned(
             name = f"{stem}.{profile}" + (f".{i + 1}" if i else "")
             aside = {"figures": str(BUILD / "figures")} if profile == "quick" else {}
             aside = {name: value for name, value in aside.items() if name in declared(stem)}
-            parameters = check(stem, parameters | aside | dict(extra))
-            if parameters.get("dataset", "demo") not in NAMES:
-                parameters["dataset"] = str(
-                    Path(parameters["dataset"]).absolute()
-                )  # notebooks run in their own folder
-            runs[name] = stem, parameters
+            runs[name] = stem, _absolute(check(stem, parameters | aside | dict(extra)))
     if not runs:
         raise ValueError(f"--profile: expected one that {stems} have, got {profile!r}")
     return runs
+
+
+def _absolute(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with folders of the user's own by their whole path: notebooks run in theirs.
+
+    A data set is a folder where it is no known name, an encoder or teacher where there is one.
+    """
+    found = dict(parameters)
+    for name in {"dataset", "unseen", "encoder", "teacher", "figures"} & parameters.keys():
+        value = parameters[name]
+        folder = Path(value).expanduser()
+        data = name in ("dataset", "unseen") and value not in (*NAMES, "")
+        if data or name == "figures" or (name in ("encoder", "teacher") and folder.is_dir()):
+            found[name] = str(folder.absolute())
+    return found
+
+
+def _written(parameters: Mapping[str, Any], since: float) -> dict[str, str]:
+    """Digests of the figures and tables that a run has left, by path."""
+    folder = Path(parameters.get("figures", ROOT / "figures"))
+    files = (f for f in folder.glob("*/*") if f.suffix in (".csv", ".svg"))
+    return {str(f): _sha(f) for f in sorted(files) if f.stat().st_mtime >= since}
+
+
+def _sha(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _unchanged(stamp: Path, out: Path, content: str) -> bool:
+    """Whether a run with this key is there, and all that it left is as it left it."""
+    if not (out.exists() and stamp.exists()):
+        return False
+    said = json.loads(stamp.read_text(encoding="utf8"))
+    left = said["wrote"].items()
+    return said["key"] == content and all(Path(f).exists() and _sha(Path(f)) == d for f, d in left)
 
 
 def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list[str]:
@@ -208,32 +241,33 @@ def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list
     for name, (stem, parameters) in runs.items():
         out, stamp = BUILD / f"{name}.ipynb", BUILD / f"{name}.key"
         content = key(stem, parameters)
-        if (
-            not force
-            and out.exists()
-            and stamp.exists()
-            and stamp.read_text(encoding="utf8") == content
-        ):
+        if not force and _unchanged(stamp, out, content):
             print(
                 f"{name:42} nothing has changed since it ran: skipped (--force runs it)", flush=True
             )
             continue
         stamp.unlink(missing_ok=True)
-        began, noted = time.perf_counter(), _spent()
+        began, noted, since = time.perf_counter(), _spent(), time.time()
         try:
             run(stem, parameters, out)
-            write_text(stamp, content)
+            said = {"key": content, "wrote": _written(parameters, since)}
+            write_text(stamp, json.dumps(said))
             seconds[name] = _stages(time.perf_counter() - began, _spent()[len(noted) :])
         except pm.PapermillExecutionError as error:
             failures.append(
                 f"{name}: cell {error.cell_index}: {error.ename}: {error.evalue} (see {out})"
             )
         except Exception as error:  # a dead kernel, say: reported, and the others still run
-            failures.append(f"{name}: {type(error).__name__}: {error} (see {out})")
-    if seconds:
-        _write_times(seconds)
-    plots.gallery()
-    update_readme(ROOT / "README.md", claims.write(ROOT))
+            failures.append(
+                f"{name}: cell {_Reporting.at}: {type(error).__name__}: {error} (see {out})"
+            )
+    try:
+        if seconds:
+            _write_times(seconds)
+        plots.gallery()
+        update_readme(ROOT / "README.md", claims.write(ROOT))
+    except (OSError, ValueError, KeyError) as error:  # a damaged index, say
+        failures.append(f"figures/: {type(error).__name__}: {error}")
     return failures
 
 
@@ -334,6 +368,9 @@ def command(names: list[str], profile: str, pairs: list[str], force: bool) -> li
     if wrong:
         raise ValueError(f"--set: expected NAME=VALUE, got {wrong[0]!r}")
     extra = dict(pair.split("=", 1) for pair in pairs)
+    for name in ("KDLIB_DATA", "KDLIB_CACHE"):
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
     runs = planned(matching(names, list(study())), profile, extra)
     for stem, parameters in runs.values():
         key(stem, parameters)  # finds the data, or says what is missing

@@ -297,27 +297,32 @@ def locate(name: str) -> list[Path | None]:
     """The train, dev (None: it has none) and test files of a data set on this machine; [] for a
     named set that only the hub has."""
     if name in ("demo", "demo-fine"):
+        if not demo.FOLDER.is_dir():
+            raise FileNotFoundError(
+                f"{demo.FOLDER}: the demo corpus and the notebooks come with a checkout, not with "
+                "an installed package: clone the repository, then `pip install -e .` in it"
+            )
         return [demo.FOLDER / f"{split}.jsonl" for split in SPLITS]
     if name in OPEN:
         return _open_files(name)
     if name in SOURCES:
-        folder = Path(os.environ.get("KDLIB_DATA", "")) / name
+        folder = Path(os.environ.get("KDLIB_DATA", "")).expanduser() / name
         if "KDLIB_DATA" not in os.environ or not folder.is_dir():
             return []
         return [file and folder / file for file in SOURCES[name].files]
-    if not Path(name).is_dir():
+    if not Path(name).expanduser().is_dir():
         raise FileNotFoundError(
             f"no data set {name!r}: expected one of {sorted(NAMES)}, or a folder"
         )
     return [
-        _only_file(Path(name), stems)
+        _only_file(Path(name).expanduser(), stems)
         for stems in (("train",), ("dev", "devel", "valid", "validation"), ("test",))
     ]
 
 
 def _open_files(name: str) -> list[Path]:
     """The JSON files of a corpus with open types; [] where only the hub has it."""
-    folder = Path(os.environ.get("KDLIB_DATA", "")) / OPEN[name][0]
+    folder = Path(os.environ.get("KDLIB_DATA", "")).expanduser() / OPEN[name][0]
     return sorted(folder.glob("*.json")) if "KDLIB_DATA" in os.environ else []
 
 

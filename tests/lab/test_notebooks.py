@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -156,6 +157,54 @@ def test_a_failing_notebook_is_reported_and_the_others_run(tmp_path, monkeypatch
 
 
 @pytest.mark.notebook
+def test_what_was_deleted_or_changed_is_made_again_and_a_damaged_index_is_told(
+    tmp_path, monkeypatch
+):
+    table = tmp_path / "figures" / "x" / "t.csv"
+    small_study(tmp_path, monkeypatch, {"01_a": f"open(r'{table}', 'w').write('1')"})
+    table.parent.mkdir()
+
+    def command(*arguments):
+        return CliRunner().invoke(app, ["study", *arguments])
+
+    assert command().exit_code == 0 and "skipped" in command().stdout
+    table.unlink()
+    assert "skipped" not in command().stdout and table.exists()
+    table.write_text("mine")
+    assert "skipped" not in command().stdout and table.read_text() == "1"
+
+    def gallery():
+        raise json.JSONDecodeError("damaged", "{", 0)
+
+    monkeypatch.setattr(study.plots, "gallery", gallery)
+    done = command()
+    assert done.exit_code == 1 and "FAILED figures/: JSONDecodeError: damaged" in done.stderr
+
+
+@pytest.mark.notebook
+def test_a_kernel_that_dies_is_told_with_its_cell_and_the_others_run(tmp_path, monkeypatch):
+    sources = {"01_dies": "import os; os._exit(9)", "02_good": "x + 1"}
+    small_study(tmp_path, monkeypatch, sources)
+    done = CliRunner().invoke(app, ["study"])
+    assert done.exit_code == 1 and "FAILED 01_dies.default: cell 2: " in done.stderr
+    assert re.search(r"02_good\.default .* done", done.stdout)
+
+
+def test_quick_leaves_the_figures_alone_and_folders_are_made_absolute(tmp_path, monkeypatch):
+    ((_, parameters),) = study.planned([STEM], "quick", {}).values()
+    assert parameters["figures"] == str(study.BUILD / "figures")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    own = {"figures": "f", "encoder": "bert"}
+    ((_, parameters),) = study.planned([STEM], "default", own).values()
+    assert parameters == {"figures": str(tmp_path / "f"), "encoder": str(tmp_path / "bert")}
+    ((_, parameters),) = study.planned([STEM], "default", {"encoder": "some/hub-name"}).values()
+    assert parameters == {"encoder": "some/hub-name"}
+    with pytest.raises(ValueError, match=r"--profile: expected one that .*, got 'full'"):
+        study.planned(["00_start_here"], "full", {})
+
+
+@pytest.mark.notebook
 def test_two_studies_in_one_folder_do_not_share_sockets(tmp_path, monkeypatch):
     small_study(tmp_path, monkeypatch, {"01_a": "import time; time.sleep(2)", "02_b": "x + 1"})
     with ThreadPoolExecutor() as pool:
@@ -183,6 +232,22 @@ def test_the_command_line_explains_itself():
     for name, word in (("study", "NAME=VALUE"), ("bench", "surrogates")):
         done = subprocess.run([*command, name, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and word in done.stdout
+
+
+def test_what_kdlib_needs_is_declared_and_pinned():
+    """`pip install .` brings it; requirements.txt holds the versions of the committed numbers."""
+    project = tomllib.loads((study.ROOT / "pyproject.toml").read_text())["project"]
+    lines = (study.ROOT / "requirements.txt").read_text().splitlines()
+    pinned = {re.split(r"[<>=\s]", line)[0] for line in lines}
+    pulled_in = {"nbformat", "numpy", "tokenizers", "traitlets"}  # by those that are pinned
+    assert set(project["dependencies"]) - pulled_in <= pinned
+    names = {"hub": "huggingface_hub", "yaml": "pyyaml", "huggingface_hub": "huggingface_hub"}
+    bench = {"onnx", "onnxruntime", "torchcrf", "torch_struct", "datasets"}
+    used = set()
+    for file in (study.ROOT / "kdlib").rglob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.M)
+        used |= set(found) - sys.stdlib_module_names - bench - {"kdlib"}
+    assert {names.get(u, u) for u in used} <= {d.replace("-", "_") for d in project["dependencies"]}
 
 
 def test_the_readmes_test_command_is_cis():
