@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import subprocess
@@ -245,7 +246,10 @@ def test_what_kdlib_needs_is_declared_and_pinned():
     bench = {"onnx", "onnxruntime", "torchcrf", "torch_struct", "datasets"}
     used = set()
     for file in (study.ROOT / "kdlib").rglob("*.py"):
-        found = re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.M)
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        found = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+        found += [n.module for n in nodes if isinstance(n, ast.ImportFrom)]
+        found = [name.split(".")[0] for name in found]
         used |= set(found) - sys.stdlib_module_names - bench - {"kdlib"}
     assert {names.get(u, u) for u in used} <= {d.replace("-", "_") for d in project["dependencies"]}
 
