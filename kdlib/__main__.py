@@ -1,6 +1,6 @@
-"""`python -m kdlib`: see `lab.commands`."""
+"""`python -m kdlib` runs the command line."""
 
-from kdlib.lab.commands import app
+from kdlib.ship.commands import app
 
 if __name__ == "__main__":
     app()

@@ -149,7 +149,7 @@ def encode(
     """
     number = {label: k for k, label in enumerate(labels)}
 
-    before, after = _special_pieces(tokenizer)
+    before, after = special_pieces(tokenizer)
     room = max_pieces - len(before) - len(after)
     if room < 1:
         raise ValueError(
@@ -195,7 +195,7 @@ def shape(word: str) -> int:
     return 4 if all(c.isupper() for c in letters) else 6
 
 
-def _special_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The pieces set before and after a text, [CLS] and [SEP] for BERT."""
     probe = tokenizer("a")["input_ids"]
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from kdlib.batches import Batch, Encoded, Layers, encode, in_turn
 from kdlib.crf import Chain, LinearChainCRF, legal_iob2, reversed_rows
 from kdlib.text import calls
-from kdlib.text.files import saving, shapes_of, whole
+from kdlib.text.files import saving
 from kdlib.text.tags import Sentence, Span, to_spans
 
 
@@ -316,6 +317,29 @@ class Tagger(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = cls(build(kind, config), tokenizer, **shape)
             return filled(model, folder / "model.safetensors")
+
+
+DAMAGED = (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError)
+
+
+@contextlib.contextmanager
+def whole(folder: Path, what: str) -> Iterator[None]:
+    """One ValueError that names the folder and what it should hold, for whatever is wrong with its
+    files."""
+    try:
+        yield
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ValueError(
+            f"{folder}: expected the files of a whole {what}, got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def shapes_of(weights: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a safetensors file by name, from its header alone: what a model made of its
+    folder may be as large as."""
+    with safe_open(weights, framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def fits(there: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -25,11 +25,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdlib.batches import in_turn
 from kdlib.crf import Chain, reversed_rows
-from kdlib.models import filled, fits
+from kdlib.models import filled, fits, shapes_of, whole
 from kdlib.text import calls
-from kdlib.text.files import saving, shapes_of, whole
-from kdlib.text.readers import WORD
-from kdlib.text.tags import Sentence, Span, word_runs
+from kdlib.text.files import saving
+from kdlib.text.tags import WORD, Sentence, Span, word_runs
 
 CONFIG = "twin_tower.json"
 

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -109,13 +110,13 @@ class Lessons:
 
 @dataclass(frozen=True)
 class Study:
-    """teacher: `Fitted`, trained here; what a GLiNER `Told`; or the folder or hub name of a Hugging
-    Face token classifier. encoder: what it and the students start from, 'minilm', a folder, a hub
-    name; 'characters', a BiLSTM with random weights over whole tokens, or 'character transformer'.
-    quiz: the last so many labelled sentences examine MSD. follow: note at every evaluation the
-    scores on labelled and on the last test sentences, against gold and against the teacher (the
-    figures of the GLiNER -> LSTM paper). calibration: note how far a tagger's probabilities of test
-    words are from its accuracy.
+    """teacher: `Fitted`, trained here; what a GLiNER `Told`; the folder or hub name of a Hugging
+    Face token classifier; or the folder of a saved Tagger. encoder: what it and the students start
+    from, 'minilm', a folder, a hub name; 'characters', a BiLSTM with random weights over whole
+    tokens, or 'character transformer'. quiz: the last so many labelled sentences examine MSD.
+    follow: note at every evaluation the scores on labelled and on the last test sentences, against
+    gold and against the teacher (the figures of the GLiNER -> LSTM paper). calibration: note how
+    far a tagger's probabilities of test words are from its accuracy.
     """
 
     parts: Parts
@@ -548,7 +549,10 @@ class Study:
             found = self.teacher.entities(test)
             return self.teacher, Run("teacher", 0, found, [], self.teacher.parameters, 0.0)
         if isinstance(self.teacher, str):
-            tagger = from_hugging_face(self.teacher, self.parts.types)
+            if (Path(self.teacher).expanduser() / "tagger.json").is_file():
+                tagger = Tagger.from_pretrained(Path(self.teacher).expanduser())
+            else:
+                tagger = from_hugging_face(self.teacher, self.parts.types)
             found = tagger.predict(test)
             return Taught(tagger), Run("teacher", 0, found, [], tagger.parameters_in_all, 0.0)
         lessons = self.lessons_of_teacher(seed)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from numbers import Real
 from typing import Any
 
-from kdlib.text.tags import Sentence, word_runs
+from kdlib.text.tags import WORD, Sentence, word_runs
 
 MOST_WORDS = 16_000  # of a batch, padding included
 
@@ -19,6 +19,19 @@ def batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[
             part = []
         part.append(row)
     yield part
+
+
+def windows(text: str, most: int) -> Iterator[list[tuple[int, int]]]:
+    """The words of a text, where each begins and ends, at most so many at once: cut after the last
+    sentence end in the second half of a window, or where it is full. No word is left out."""
+    words, at = [m.span() for m in WORD.finditer(text)], 0
+    while len(words) - at > most:
+        places = range(at + most, at + most // 2, -1)
+        cut = next((i for i in places if text[words[i - 1][0]] in ".!?"), at + most)
+        yield words[at:cut]
+        at = cut
+    if words[at:]:
+        yield words[at:]
 
 
 def entities(
@@ -45,13 +58,17 @@ def check_sentences(sentences: Sequence[Sentence]) -> None:
     wrong = [type(s).__name__ for s in sentences if not isinstance(s, Sentence)]
     if wrong:
         raise TypeError(f"sentences: expected Sentence(words), got {wrong[0]}")
-    for s in sentences:
+    check_characters([" ".join(s.tokens) for s in sentences], "sentences")
+
+
+def check_characters(texts: Sequence[str], what: str) -> None:
+    """ValueError for a text with half a character in it, a lone surrogate."""
+    for text in texts:
         try:
-            " ".join(s.tokens).encode("utf8")
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"sentences: expected words of whole characters, got {ascii(s.tokens)[:120]}"
-            ) from None
+            text.encode("utf8")
+        except UnicodeEncodeError as error:
+            near = ascii(text[max(0, error.start - 20) : error.end + 20])
+            raise ValueError(f"{what}: expected whole characters, got {near}") from None
 
 
 def labels_of(labels: Sequence[str]) -> list[str]:

@@ -7,8 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 ASIDE = ".saving."  # folders to write in begin so
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: data, figures, notebooks
 
@@ -50,42 +48,24 @@ def saving(folder: str | Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(dir=target, prefix=ASIDE))
     try:
         yield aside
-        made = sorted(f.name for f in aside.iterdir())
-        strange = sorted({f.name for f in target.iterdir()} - {*made, aside.name})
+        made = _files(aside)
+        strange = sorted(str(f) for f in _files(target) - made if aside.name not in f.parts)
         if strange:
             raise FileExistsError(
                 f"{target}: expected a new folder or an earlier save of this model, got {strange}"
             )
-        for name in made:
-            os.replace(aside / name, target / name)
+        for file in sorted(made):
+            (target / file).parent.mkdir(exist_ok=True)
+            os.replace(aside / file, target / file)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _files(folder: Path) -> set[Path]:
+    return {f.relative_to(folder) for f in folder.rglob("*") if f.is_file()}
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf8", newline="\n")
-
-
-DAMAGED = (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError)
-
-
-@contextlib.contextmanager
-def whole(folder: Path, what: str) -> Iterator[None]:
-    """One ValueError that names the folder and what it should hold, for whatever is wrong with its
-    files."""
-    try:
-        yield
-    except DAMAGED as error:
-        reason = (str(error).splitlines() or [""])[0][:300]
-        raise ValueError(
-            f"{folder}: expected the files of a whole {what}, got {type(error).__name__}: {reason}"
-        ) from error
-
-
-def shapes_of(weights: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors of a safetensors file by name, from its header alone: what a model made of its
-    folder may be as large as."""
-    with safe_open(weights, framework="numpy") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -20,15 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import regex
-
 from kdlib.text.files import write_text
-from kdlib.text.tags import Sentence, Span, Unfit, split_tag, to_iob2, to_spans
+from kdlib.text.tags import WORD, Sentence, Span, Unfit, split_tag, to_iob2, to_spans
 
 LABEL_KEYS = ("ner_tags", "ner", "entities", "tags", "labels", "spans")
-WORD = regex.compile(
-    r"\w+(?:[-_]\w+)*|(?![\s\x1c-\x1f])\X"
-)  # GLiNER's words; an emoji stays whole, a letter keeps its marks
 
 
 class DataError(ValueError):

@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import regex
+
 PREFIXES = "BIOESMLU"
 _STARTS, _CLOSES = "BSU", "ESUL"
+WORD = regex.compile(
+    r"\w+(?:[-_]\w+)*|(?![\s\x1c-\x1f])\X"
+)  # GLiNER's words; an emoji stays whole, a letter keeps its marks
 
 
 class Unfit(ValueError):

@@ -5,8 +5,8 @@ import types
 import pytest
 
 from kdlib.text import corpora, readers
-from kdlib.text.readers import WORD, DataError, read, tidy_passages
-from kdlib.text.tags import Sentence, Span
+from kdlib.text.readers import DataError, read, tidy_passages
+from kdlib.text.tags import WORD, Sentence, Span
 
 SENTENCE = Sentence(("New", "York", "is", "big"), (Span(0, 2, "LOC"),))
 

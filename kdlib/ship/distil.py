@@ -1,0 +1,356 @@
+"""Your teacher, your text: a small tagger that says what the teacher says, and what that costs."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import AutoConfig
+
+from kdlib.lab import cache, scores, targets, timing, train
+from kdlib.lab.study import Budget, Fitted, Study
+from kdlib.methods import METHODS, Method
+from kdlib.models import Tagger
+from kdlib.ship import cards, runtime
+from kdlib.ship.export import export
+from kdlib.students import STUDENTS, Lstm
+from kdlib.teachers import gliner
+from kdlib.teachers.gliner import Told
+from kdlib.teachers.tagger import from_hugging_face
+from kdlib.text import calls
+from kdlib.text.corpora import CLOSED, Parts
+from kdlib.text.readers import read
+from kdlib.text.tags import Sentence, Span, split_tag
+
+LONGEST = 80  # words of a piece of text that is learnt from
+HELD_OUT = 0.15  # of the text: half to choose thresholds on, half to be tested on
+FEWEST = 200  # pieces of text
+PASSES = 40  # over the text, at most
+GRID = np.arange(0, 1, 0.05)  # thresholds tried
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a student must reach on held-out text against its teacher, in percent: F1 of agreement,
+    and recall of each type that the teacher finds often enough to tell."""
+
+    agreement: float = 90.0
+    recall: float = 80.0
+    often: int = 20
+
+
+@dataclass(frozen=True)
+class Kept(Lstm):
+    """A BiLSTM whose weights a study keeps."""
+
+    keeps = True
+
+
+class Teacher(NamedTuple):
+    """types: what it can find. of: what a Study of some parts takes. speaks: its entities of one
+    text, for its speed; None for labels alone. labelled: what it has said already."""
+
+    types: list[str]
+    of: Callable[[Parts], Told | Fitted | str]
+    speaks: Callable[[str], object] | None
+    labelled: list[Sentence]
+
+
+def distil(
+    teacher: str,
+    out: str | Path,
+    text: str | Path | None = None,
+    labels: Sequence[str] = (),
+    gold: str | Path | None = None,
+    minutes: float = 10.0,
+    gate: Gate = Gate(),
+    encoder: str = "minilm",
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train a BiLSTM tagger on what the teacher says of your text, write it to `out`, and return
+    its card; one that fails the gate goes to `out`.rejected instead, "passed" False.
+
+    teacher: a GLiNER, a Hugging Face token classifier or a kdlib tagger, by folder or hub name; or
+    a file of sentences that anything has labelled: it has no probabilities, so they are learnt as
+    they are. text: a file of lines, a folder of .txt files, or what `readers.read` knows. labels:
+    what to ask a GLiNER for. gold: labelled sentences, two thirds to learn from, a third to be
+    tested on. minutes: of training, on this machine; reading by the teacher comes before.
+
+    Started again after a stop it goes on where it was. ValueError, before anything is trained, for
+    too little text, labels that the teacher lacks, gold of other types.
+    """
+    if not 0 < minutes <= 24 * 60:
+        raise ValueError(f"minutes: expected more than 0 and at most a day, got {minutes}")
+    own = teacher_of(teacher, labels)
+    pieces = own.labelled or (pieces_of(text) if text else [])
+    if len(pieces) < FEWEST:
+        raise ValueError(f"text: expected at least {FEWEST} different pieces, got {len(pieces)}")
+    learnt, tested = _gold(gold, own.types)
+    cut = len(pieces) - int(HELD_OUT * len(pieces))
+    middle = (cut + len(pieces)) // 2
+    dev, test = pieces[cut:middle], pieces[middle:]
+    if own.labelled:
+        parts = Parts(own.types, learnt + pieces[:cut], [], dev, test)
+        method, how = METHODS["student alone"], "its labels as they are (pseudo-labels)"
+    else:
+        parts = Parts(own.types, learnt, pieces[:cut], dev, test + tested)
+        method = METHODS["posterior"].tuned(alpha=0.5 if learnt else 0.0)
+        how = f"{method.name} distillation"
+    say(f"{teacher}: {len(own.types)} types, {', '.join(own.types[:8])}; {how}")
+    say(f"{cut:,} pieces of text to learn from, {len(pieces) - cut:,} held out")
+    say(f"{len(learnt):,} gold sentences to learn from, {len(tested):,} to be tested on")
+    study = Study(parts, own.of(parts), Budget(), encoder, students=STUDENTS | {"bilstm": Kept()})
+    of_gold = None
+    if not own.labelled:  # of held-out text, what the teacher says is the reference
+        said = iter(targets.entities(study.taught(0)[0], [*dev, *test, *tested]))
+        dev, test = ([Sentence(s.tokens, next(said)) for s in part] for part in (dev, test))
+        of_gold = list(said)
+        study = replace(study, parts=replace(parts, dev=dev, test=test))
+    study = study.with_budget(_budget(study, method, minutes))
+    say(f"{study.budget.updates:,} updates of {study.budget.batch}, about {minutes:g} minutes")
+    tagger, _ = study.trained(method, "bilstm", 0)
+    with tempfile.TemporaryDirectory() as scratch:
+        thresholds = choose_thresholds(tagger, dev, Path(scratch) / "student")
+        export(tagger, Path(scratch) / "chosen", thresholds)
+        card = measure(Path(scratch) / "chosen", tagger, own, test)
+        if tested:
+            card |= on_gold(runtime.load(Path(scratch) / "chosen"), tested, of_gold)
+    card |= {"teacher": teacher, "method": how, "updates": study.budget.updates}
+    card |= {"pieces of text": cut, "gold sentences": len(learnt), "thresholds": thresholds}
+    card["failed"] = failures(card, gate)
+    target = Path(f"{out}.rejected" if card["failed"] else out)
+    export(tagger, target, thresholds, cards.markdown(card))
+    say(cards.markdown(card))
+    for text in card["disagreements"]:
+        say(f"they disagree most on: {text}")
+    say(f"written to {target}")
+    return card | {"passed": not card["failed"]}
+
+
+# ---- what comes in ----
+
+
+def pieces_of(source: str | Path) -> list[Sentence]:
+    """Text without labels, each piece at most LONGEST words, none twice. ValueError for a file that
+    is no text."""
+    source = Path(source).expanduser()
+    if not source.exists():
+        raise FileNotFoundError(f"text: expected a file or a folder, got nothing at {source}")
+    files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
+    if not files:
+        raise ValueError(f"{source}: expected .txt files in the folder, got none")
+    found: dict[tuple[str, ...], None] = {}
+    for file in files:
+        for line in _lines(file):
+            for words in calls.windows(line, LONGEST):
+                found[tuple(line[a:b] for a, b in words)] = None
+    return [Sentence(tokens) for tokens in found]
+
+
+def _lines(file: Path) -> list[str]:
+    if file.suffix not in ("", ".txt", ".md"):
+        return [" ".join(s.tokens) for s in read(file)]
+    try:
+        text = file.read_text(encoding="utf8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, got {error.reason}") from None
+    if "\0" in text:
+        raise ValueError(f"{file}: expected text, got a file with NUL bytes")
+    return text.split("\n")
+
+
+def in_words(sentence: Sentence) -> Sentence:
+    """A labelled sentence in the words that the student will read: `calls.windows` of its tokens
+    with spaces between them, entities over the same characters."""
+    text, places = " ".join(sentence.tokens), [0]
+    for token in sentence.tokens:
+        places.append(places[-1] + len(token) + 1)
+    words = next(calls.windows(text, len(text) + 1), [])
+    begins = {a: i for i, (a, _) in enumerate(words)}
+    ends = {b: i + 1 for i, (_, b) in enumerate(words)}
+    spans = tuple(
+        Span(begins[places[s.start]], ends[places[s.end] - 1], s.type)
+        for s in sentence.spans or ()
+        if places[s.start] in begins and places[s.end] - 1 in ends
+    )
+    return Sentence(tuple(text[a:b] for a, b in words), spans)
+
+
+def _gold(file: str | Path | None, types: Sequence[str]) -> tuple[list[Sentence], list[Sentence]]:
+    if file is None:
+        return [], []
+    found = read(file)
+    if any(s.spans is None for s in found):
+        raise ValueError(f"{file}: expected labels in every sentence, got text alone")
+    strange = sorted({x.type for s in found for x in s.spans} - set(types))
+    if strange:
+        raise ValueError(f"{file}: expected the teacher's types {list(types)}, got {strange} too")
+    found = [in_words(s) for s in found]
+    return [s for i, s in enumerate(found) if i % 3], found[::3]
+
+
+def teacher_of(name: str, labels: Sequence[str] = ()) -> Teacher:
+    """Any teacher by file, folder or hub name; ValueError for labels where a teacher has its own,
+    or none, or too many, where it must be asked for some."""
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        labelled = [in_words(s) for s in read(folder) if s.spans is not None]
+        types = sorted({x.type for s in labelled for x in s.spans})
+        if not types:
+            raise ValueError(f"{folder}: expected sentences with entities, got none")
+        return Teacher(types, lambda parts: Fitted(), None, labelled)
+    if (folder / "gliner_config.json").is_file() or (
+        not folder.is_dir() and "gliner" in name.lower()
+    ):
+        asked = sorted(calls.labels_of(list(labels)))
+        if not 0 < len(asked) <= CLOSED:
+            raise ValueError(
+                f"labels: expected 1 to {CLOSED} to ask a GLiNER for, got {len(asked)}"
+            )
+        model = gliner.load(str(name))
+        return Teacher(
+            asked,
+            lambda parts: targets.told(model, parts),
+            lambda text: model.predict_entities(text, asked),
+            [],
+        )
+    if (folder / "tagger.json").is_file():
+        tagger = Tagger.from_pretrained(folder)
+    else:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own = sorted({split_tag(label)[1] for label in config.id2label.values()} - {""})
+        tagger = from_hugging_face(str(name), own)
+    types = sorted({split_tag(label)[1] for label in tagger.labels} - {""})
+    if labels and set(labels) != set(types):
+        raise ValueError(f"labels: expected none, or the teacher's own {types}, got {list(labels)}")
+
+    def speaks(text: str) -> object:
+        words = (text[a:b] for part in calls.windows(text, LONGEST) for a, b in part)
+        return tagger.predict([Sentence(tuple(words))])
+
+    return Teacher(types, lambda parts: str(name), speaks, [])
+
+
+# ---- training ----
+
+
+def _budget(study: Study, method: Method, minutes: float) -> Budget:
+    """As many updates as fit, measured on a few; remembered, so that a run that was stopped goes on
+    with the same number."""
+    parts = study.parts
+    key = cache.digest("plan", [s.tokens for s in parts.text], method.content(), minutes)
+
+    def make() -> dict[str, int]:
+        own, few = study.lessons(method, "bilstm", 0), 20
+        settings = replace(own.settings, steps=few, evaluations=1)
+        seconds = train.fit(own.model, own.rows, own.loss, settings)[-1]["seconds"] / few
+        most = PASSES * len(own.rows.lengths) // settings.batch_size
+        return {"updates": max(50, min(int(60 * minutes / seconds), most) // 10 * 10)}
+
+    return Budget(cache.record("plans", key, make)["updates"])
+
+
+def choose_thresholds(tagger: Tagger, dev: Sequence[Sentence], folder: Path) -> dict[str, float]:
+    """Per type the least score at which the shipped, quantised student agrees best with `dev`."""
+    export(tagger, folder, {})
+    student = runtime.load(folder)
+    found = predict(student, dev, 0.0, with_scores=True)
+    chosen = {}
+    for kind in student.labels:
+        there = [{s for s in sentence.spans if s.type == kind} for sentence in dev]
+        best = []
+        for least in GRID:
+            kept = [{s for s, p in own if s.type == kind and p >= least} for own in found]
+            best.append(float(scores.f1(scores.counts(there, kept))))
+        chosen[kind] = float(GRID[int(np.argmax(best))])
+    return chosen
+
+
+def predict(
+    student: runtime.Student,
+    sentences: Sequence[Sentence],
+    threshold: float | None = None,
+    with_scores: bool = False,
+) -> list:
+    """The student's entities of sentences as spans over their words."""
+    out = []
+    texts = [" ".join(s.tokens) for s in sentences]
+    for s, found in zip(sentences, student.inference(texts, threshold=threshold), strict=True):
+        places = [0]
+        for token in s.tokens:
+            places.append(places[-1] + len(token) + 1)
+        begins = {a: i for i, a in enumerate(places)}
+        own = [
+            (Span(begins[e["start"]], begins[e["end"] + 1], e["label"]), e["score"]) for e in found
+        ]
+        out.append(own if with_scores else tuple(span for span, _ in own))
+    return out
+
+
+# ---- what comes out ----
+
+
+def measure(
+    folder: Path, tagger: Tagger, teacher: Teacher, test: Sequence[Sentence]
+) -> dict[str, Any]:
+    """What stands on the card: agreement on held-out text, size, speed, int8's cost."""
+    small, whole = (runtime.load(folder, int8=int8) for int8 in (True, False))
+    said = [s.spans for s in test]
+    found, in_full = predict(small, test), predict(whole, test)
+    counted = scores.counts(said, found)
+    card: dict[str, Any] = {"agreement": float(scores.f1(counted)), "types": teacher.types}
+    card["int8 - fp32"] = scores.paired_bootstrap(counted, scores.counts(said, in_full))
+    card["recall"], card["found"] = {}, {}
+    for kind in teacher.types:
+        there = [{s for s in spans if s.type == kind} for spans in said]
+        right = sum(len(a & set(b)) for a, b in zip(there, found, strict=True))
+        card["found"][kind] = sum(map(len, there))
+        card["recall"][kind] = 100 * right / max(card["found"][kind], 1)
+    card["disagreements"] = _disagreements(test, found)
+    card["parameters"] = tagger.parameters_in_all
+    sizes = (folder / "onnx" / "model_int8.onnx", folder / "tokenizer.json")
+    card["MB"] = sum(f.stat().st_size for f in sizes) / 1e6
+    texts = [" ".join(s.tokens) for s in test[:64]]
+    own = {"student": lambda i: small.predict_entities(texts[i])}
+    if teacher.speaks is not None:
+        own["teacher"] = lambda i: teacher.speaks(texts[i])
+    taken = timing.in_turns(own, len(texts), 6.0)
+    words = float(np.mean([len(s.tokens) for s in test[:64]]))
+    card["speed"] = {
+        name: {"p50": float(np.median(ms)), "p95": float(np.quantile(ms, 0.95))}
+        | {"words a second": 1000 * words / float(np.mean(ms))}
+        for name, ms in taken.items()
+    }
+    return card
+
+
+def on_gold(
+    student: runtime.Student, gold: Sequence[Sentence], said: list[tuple[Span, ...]] | None
+) -> dict[str, Any]:
+    """F1 by type of the student, and of its teacher where it has said something of these."""
+    found, there = predict(student, gold), [s.spans for s in gold]
+    if said is None:
+        return {"gold": {"student": scores.per_type(gold, found)}}
+    both = {"student": scores.per_type(gold, found), "teacher": scores.per_type(gold, said)}
+    counted = scores.counts(there, found), scores.counts(there, said)
+    return {"gold": both, "student - teacher": scores.paired_bootstrap(*counted)}
+
+
+def _disagreements(test: Sequence[Sentence], found: Sequence[tuple[Span, ...]]) -> list[str]:
+    """The sentences they disagree on most; shown, never stored."""
+    wrong = [len(set(s.spans) ^ set(f)) for s, f in zip(test, found, strict=True)]
+    worst = sorted(range(len(test)), key=lambda i: -wrong[i])[:5]
+    return [" ".join(test[i].tokens)[:200] for i in worst if wrong[i]]
+
+
+def failures(card: dict[str, Any], gate: Gate) -> list[str]:
+    """What keeps a student from passing, a line each."""
+    out = []
+    if card["agreement"] < gate.agreement:
+        out.append(f"agreement F1 {card['agreement']:.1f}, expected {gate.agreement:g} or more")
+    for kind, recall in card["recall"].items():
+        if card["found"][kind] >= gate.often and recall < gate.recall:
+            out.append(f"recall of {kind} {recall:.1f}, expected {gate.recall:g} or more")
+    return out

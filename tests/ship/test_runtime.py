@@ -1,0 +1,179 @@
+import json
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import SENTENCES, tagger
+from typer.testing import CliRunner
+
+from kdlib.__main__ import app
+from kdlib.crf import LinearChainCRF, legal_iob2
+from kdlib.ship import runtime
+from kdlib.ship.export import crf_of, export
+from kdlib.students import encoders
+from kdlib.text.tags import iob2_labels
+
+TEXTS = [" ".join(s.tokens) for s in SENTENCES[:4]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_folder):
+    """A BiLSTM of two layers with sure opinions, and the folder it was written to."""
+    from kdlib.students import pretrained
+
+    backbone, folder = pretrained.load(tiny_folder), tmp_path_factory.mktemp("ship") / "student"
+    model = tagger(backbone, encoder=encoders.lstm(backbone.encoder, 8, 6, 2)).eval()
+    with torch.no_grad():
+        model.output.weight *= 40  # a random model hardly prefers any label
+        model.crf.transitions.uniform_(-2, 2)
+    export(model, folder, {"PER": 0.2}, "# A card\n")
+    return model, folder
+
+
+def test_fp32_gives_what_torch_gives_alone_and_in_a_batch(made):
+    model, folder = made
+    student = runtime.load(folder, int8=False)
+    windows = [
+        runtime.Window(i, w) for i, t in enumerate(TEXTS) for w in runtime.calls.windows(t, 99)
+    ]
+    together = student._emissions(TEXTS, windows, range(len(windows)))
+    for i, (own, sentence) in enumerate(zip(together, SENTENCES, strict=False)):
+        (alone,) = student._emissions(TEXTS, windows, [i])
+        np.testing.assert_allclose(own, alone, atol=1e-6)
+        (expected,) = model.emissions(model.encode([sentence]))
+        np.testing.assert_allclose(own, expected, atol=2e-5)
+    found = [
+        [(e["text"], e["label"]) for e in own] for own in student.inference(TEXTS, threshold=0)
+    ]
+    by_torch = [
+        [(" ".join(s.tokens[a:b]), kind) for a, b, kind in spans]
+        for s, spans in zip(SENTENCES, model.predict(SENTENCES[:4]), strict=False)
+    ]
+    assert found == by_torch and any(found)
+
+
+def test_int8_is_near_and_a_quarter_as_large(made):
+    _, folder = made
+    small, whole = (runtime.load(folder, int8=int8) for int8 in (True, False))
+    windows = [runtime.Window(0, w) for w in runtime.calls.windows(TEXTS[2], 99)]
+    ours, exact = (side._emissions(TEXTS[2:3], windows, [0])[0] for side in (small, whole))
+    assert 0 < abs(ours - exact).max() < 0.1 * abs(exact).max()
+    sizes = [(folder / "onnx" / f"model{end}.onnx").stat().st_size for end in ("_int8", "")]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_its_crf_is_the_models(seed):
+    torch.manual_seed(seed)
+    labels = iob2_labels(["A", "B"])
+    crf = LinearChainCRF(len(labels), legal_iob2(labels)).double()
+    for scores in crf.parameters():
+        torch.nn.init.normal_(scores, std=2)
+    holder = type("Holder", (), {"crf": crf})()
+    ours = runtime.Crf(
+        *(runtime._scores(v) for v in json.loads(json.dumps(crf_of(holder))).values())
+    )
+    for length in (1, 2, 9):
+        emissions = 3 * torch.randn(1, length, len(labels), dtype=torch.double)
+        mask = torch.ones(1, length, dtype=torch.bool)
+        assert ours.viterbi(emissions[0].numpy()) == crf.viterbi(emissions, mask)[0].tolist()
+        marginals = crf.marginals(emissions, mask)[0][0].detach()
+        np.testing.assert_allclose(ours.marginals(emissions[0].numpy()), marginals, atol=1e-10)
+
+
+def test_it_needs_neither_torch_nor_transformers(made):
+    code = "import sys; from kdlib.ship import runtime; s = runtime.load(sys.argv[1]); "
+    code += (
+        "s.predict_entities('Anna'); print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(made[1])], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_any_text_gets_exact_slices_and_no_word_is_lost(made):
+    student = runtime.load(made[1])
+    strange = [
+        "",
+        " \n\t",
+        "a\0b",
+        "مرحبا باريس",
+        "e\u0301te\u0301 in Paris",
+        "🙂 Anna 🙂",
+        "x" * 5000,
+    ]
+    long = "Anna lives in Paris. " * 4000
+    for text in [*strange, long]:
+        found = student.predict_entities(text, threshold=0)
+        assert all(e["text"] == text[e["start"] : e["end"]] for e in found)
+        assert all(a["end"] <= b["start"] for a, b in pairwise(found))
+        words = [w for part in runtime.calls.windows(text, 256) for w in part]
+        assert words == [m.span() for m in runtime.calls.WORD.finditer(text)]
+    starts = [e["start"] for e in student.predict_entities(long, threshold=0)]
+    assert starts and max(starts) > 0.99 * len(long)  # to the very end
+    assert all(long[w[-1][0]] == "." for w in runtime.calls.windows(long, 256))
+
+
+def test_calls_take_what_gliners_take_and_refuse_what_cannot_be_answered(made):
+    student = runtime.load(made[1])
+    assert student.labels == ["LOC", "PER"] and student.thresholds == {"LOC": 0.0, "PER": 0.2}
+    everything = student.inference(TEXTS, threshold=0)
+    assert student.inference(TEXTS, ["PER"], threshold=0) == [
+        [e for e in own if e["label"] == "PER"] for own in everything
+    ]
+    assert student.inference([]) == [] and student.inference(TEXTS[0]) == student.inference(
+        TEXTS[:1]
+    )
+    assert not any(student.inference(TEXTS, threshold=1.0))
+    one = student.pipeline(TEXTS[0])
+    assert all(set(e) == {"entity_group", "score", "word", "start", "end"} for e in one)
+    assert [f for _, f in student.stream(iter(TEXTS), threshold=0)] == everything
+    for wrong, error, message in (
+        (lambda: student.inference(TEXTS, ["dog"]), ValueError, r"some of \['LOC', 'PER'\], got"),
+        (lambda: student.predict_entities(["a"]), TypeError, "text: expected one string"),
+        (lambda: student.inference([None]), TypeError, "texts: expected strings, got NoneType"),
+        (lambda: student.inference(["\ud800"]), ValueError, "texts: expected whole characters"),
+        (lambda: student.inference(["a"], threshold=2), ValueError, "threshold: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            wrong()
+
+
+def test_a_folder_that_is_no_student_says_so(made, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a folder with a config.json"):
+        runtime.load(tmp_path)
+    shutil.copytree(made[1], tmp_path / "s")
+    for content, got in (
+        ("{", "expected JSON"),
+        ("[]", "got 'list'"),
+        ('{"format": "x"}', "got 'x'"),
+    ):
+        (tmp_path / "s" / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=got):
+            runtime.load(tmp_path / "s")
+
+
+def test_export_replaces_an_earlier_one_and_refuses_what_it_cannot_write(made, tmp_path, tiny):
+    model, folder = made
+    shutil.copytree(folder, tmp_path / "s")
+    export(model, tmp_path / "s", {}, "new")
+    assert (tmp_path / "s" / "README.md").read_text() == "new"
+    assert runtime.load(tmp_path / "s").thresholds == {"LOC": 0.0, "PER": 0.0}
+    with pytest.raises(ValueError, match=r"thresholds: expected labels among"):
+        export(model, tmp_path / "s", {"dog": 0.5})
+    with pytest.raises(ValueError, match="expected a BiLSTM .*, got Transformer"):
+        export(tagger(tiny), tmp_path / "t", {})
+    assert not (tmp_path / "t").exists()
+
+
+def test_predict_streams_lines_into_json_lines(made):
+    done = CliRunner().invoke(app, ["predict", str(made[1])], input="\n".join(TEXTS) + "\n")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.exit_code == 0 and [row["text"] for row in rows] == TEXTS
+    assert [row["entities"] for row in rows] == runtime.load(made[1]).inference(TEXTS)
+    assert CliRunner().invoke(app, ["predict", "nowhere"]).exit_code == 2
