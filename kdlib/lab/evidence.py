@@ -128,6 +128,7 @@ def table(experiment: Experiment) -> pd.DataFrame:
             | {"recall": round(100 * right / max(there, 1), 3)}
             | {"f1": round(float(scores.f1(record.units)), 3), "parameters": record.parameters}
             | record.measures
+            | {k: v for row in record.history[-1:] for k, v in row.items() if k == "ece"}
         )
     return pd.DataFrame(rows)
 

@@ -164,15 +164,8 @@ def ladder(axes: Axes, runs: pd.DataFrame) -> None:
     grey."""
     teacher = runs.loc[runs["method"] == "teacher", "f1"].mean()
     axes.axhline(teacher, color=COLOURS["teacher"], linewidth=1)
-    axes.annotate(
-        "teacher",
-        (1, teacher),
-        (-4, 4),
-        ("axes fraction", "data"),
-        "offset points",
-        color=COLOURS["teacher"],
-        ha="right",
-    )
+    named = {"color": COLOURS["teacher"], "xycoords": ("axes fraction", "data")}
+    axes.annotate("teacher", (0.01, teacher), (0, 3), textcoords="offset points", **named)
     ends = []
     for name, own in runs[runs["method"] != "teacher"].groupby("method", sort=False):
         mean, colour = own.groupby("updates")["f1"].mean(), COLOURS.get(name, "#333333")
@@ -186,12 +179,14 @@ def ladder(axes: Axes, runs: pd.DataFrame) -> None:
 def gains(axes: Axes, contrasts: pd.DataFrame) -> None:
     """`tables.contrasts` over updates, one line a method: bars are the bootstrap's intervals."""
     axes.axhline(0, color="black", linewidth=0.8)
-    ends = []
-    for place, (name, own) in enumerate(contrasts.groupby("method", sort=False)):
-        colour, at = COLOURS.get(name, "#333333"), own["updates"] * 1.03**place  # side by side
+    methods, ends = list(dict.fromkeys(contrasts["method"])), []
+    right = contrasts["updates"].max() * 1.03 ** len(methods)
+    for place, name in enumerate(methods):
+        own, colour = contrasts[contrasts["method"] == name], COLOURS.get(name, "#333333")
+        at = own["updates"] * 1.03 ** (place - len(methods) // 2)  # side by side
         reach = [own["difference"] - own["low"], own["high"] - own["difference"]]
         axes.errorbar(at, own["difference"], yerr=reach, fmt="o-", color=colour, capsize=3)
-        ends.append((own["difference"].iloc[-1], at.iloc[-1], name, colour))
+        ends.append((own["difference"].iloc[-1], right, name, colour))
     _doublings(axes, contrasts["updates"])
     _label_ends(axes, ends)
 
