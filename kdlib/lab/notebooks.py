@@ -161,6 +161,7 @@ def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
     with replacing(out.with_suffix(".input.ipynb")) as aside:
         nbformat.write(notebook, aside)
     began, total = time.perf_counter(), len(notebook.cells)
+    os.environ[plots.BATCH] = "1"  # the kernel inherits it
     try:
         with tempfile.TemporaryDirectory() as sockets:
             pm.execute_notebook(
@@ -178,6 +179,7 @@ def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
         raise
     finally:
         out.with_suffix(".input.ipynb").unlink(missing_ok=True)
+        del os.environ[plots.BATCH]
     _line(out.stem, total, total, time.perf_counter() - began, result="done")
     return out
 

@@ -6,10 +6,11 @@ everywhere.
 
 import itertools
 import json
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -19,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -30,6 +32,7 @@ from kdlib.methods import METHODS
 from kdlib.text.files import ROOT, replacing, write_text
 from kdlib.text.tags import Span
 
+BATCH = "KDLIB_BATCH"  # set while notebooks run in batch
 COLOURS = {"teacher": "#6b6b6b"} | {m.name: m.colour for m in METHODS.values()}
 COLOURS |= {  # what notebooks call a method, or one grain of it
     "sequence": COLOURS["weighted top-k"],
@@ -352,6 +355,26 @@ def heat(
             fontsize=8,
             color="white" if abs(value) > 0.6 * bound else "black",
         )
+
+
+def live(draw: Callable[..., Any], **controls: "Widget") -> None:  # noqa: F821
+    """Show what `draw(**values)` makes, a figure or HTML, now and at every move of a control; in a
+    batch run once, without widgets, which nobody could move."""
+
+    def show(**values: Any) -> None:
+        drawn = draw(**values)
+        display(drawn)
+        if isinstance(drawn, Figure):
+            plt.close(drawn)
+
+    if os.environ.get(BATCH):
+        show(**{name: control.value for name, control in controls.items()})
+        return
+    from ipywidgets import VBox, interactive_output
+
+    for name, control in controls.items():
+        control.description = control.description or name
+    display(VBox([*controls.values(), interactive_output(show, controls)]))
 
 
 def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping[str, str]) -> str:

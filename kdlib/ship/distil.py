@@ -54,7 +54,7 @@ class Teacher(NamedTuple):
 
     types: list[str]
     of: Callable[[Parts], Told | Fitted | str]
-    speaks: Callable[[str], object] | None
+    speaks: Callable[[str], list[dict[str, Any]]] | None
     labelled: list[Sentence]
 
 
@@ -226,9 +226,11 @@ def teacher_of(name: str, labels: Sequence[str] = ()) -> Teacher:
     if labels and set(labels) != set(types):
         raise ValueError(f"labels: expected none, or the teacher's own {types}, got {list(labels)}")
 
-    def speaks(text: str) -> object:
-        words = (text[a:b] for part in calls.windows(text, LONGEST) for a, b in part)
-        return tagger.predict([Sentence(tuple(words))])
+    def speaks(text: str) -> list[dict[str, Any]]:
+        words = [word for part in calls.windows(text, LONGEST) for word in part]
+        (found,) = tagger.predict([Sentence(tuple(text[a:b] for a, b in words))])
+        ends = [(words[s.start][0], words[s.end - 1][1], s.type) for s in found]
+        return [{"start": a, "end": b, "label": kind} for a, b, kind in ends]
 
     return Teacher(types, lambda parts: str(name), speaks, [])
 
@@ -309,6 +311,7 @@ def measure(
         card["found"][kind] = sum(map(len, there))
         card["recall"][kind] = 100 * right / max(card["found"][kind], 1)
     card["disagreements"] = _disagreements(test, found)
+    card["reliability"] = reliability(small, test)
     card["parameters"] = tagger.parameters_in_all
     sizes = (folder / "onnx" / "model_int8.onnx", folder / "tokenizer.json")
     card["MB"] = sum(f.stat().st_size for f in sizes) / 1e6
@@ -324,6 +327,23 @@ def measure(
         for name, ms in taken.items()
     }
     return card
+
+
+def reliability(student: runtime.Student, test: Sequence[Sentence]) -> list[dict[str, float]]:
+    """By score, in tenths: how many entities have it, their mean score, the share the teacher has
+    too."""
+    scored = [
+        (score, span in sentence.spans)
+        for sentence, own in zip(test, predict(student, test, 0.0, with_scores=True), strict=True)
+        for span, score in own
+    ]
+    out = []
+    for tenth in range(10):
+        own = [x for x in scored if min(int(10 * x[0]), 9) == tenth]
+        if own:
+            score, right = np.mean(own, 0)
+            out.append({"entities": len(own), "score": float(score), "right": float(right)})
+    return out
 
 
 def on_gold(
