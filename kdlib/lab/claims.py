@@ -50,9 +50,9 @@ def _checked(name: str, claim: dict[str, Any], figures: Path) -> dict[str, Any]:
 
 def borne(row: pd.Series) -> str:
     """'more' or 'less' where the difference is shown, 'equal', or 'open': by the row's own verdict,
-    or where it has none by both intervals, equal within MARGIN of 0."""
-    apart = min(row["low"], row["seeds_low"]) > 0 or max(row["high"], row["seeds_high"]) < 0
-    within = row["low"] > -MARGIN and row["high"] < MARGIN
+    or where it has none by both of its 95 % intervals, equal where they lie within MARGIN of 0."""
+    ends = [row["low"], row["seeds_low"], row["high"], row["seeds_high"]]
+    apart, within = min(ends) > 0 or max(ends) < 0, max(map(abs, ends)) < MARGIN
     computed = "shown" if apart else "equal" if within else "not shown"
     verdict = row.get("verdict", computed)
     if verdict == "shown":

@@ -7,7 +7,6 @@ is reported with its cell and error, and the others still run.
 import hashlib
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import yaml
 from papermill.engines import NBClientEngine, papermill_engines
 from traitlets.config import Config
 
-from kdlib.lab import cache, claims, plots, scores, tables
+from kdlib.lab import cache, claims, plots
 from kdlib.text.corpora import NAMES, locate
 from kdlib.text.files import ROOT, replacing, write_text
 
@@ -303,52 +302,9 @@ def _write_times(runs: Mapping[str, Mapping[str, float]]) -> None:
     plots.save(file.with_suffix(""), table.sort_values("run", kind="stable"), caption)
 
 
-def readme_table(csv: Path) -> str:
-    """A table of runs as the README shows it: one row a method or model, mean over seeds and
-    half-width of the 95 % interval."""
-    runs = pd.read_csv(csv)
-    return _reference_table(runs) if "reference" in runs else _method_table(tables.summary(runs))
-
-
-def _method_table(rows: pd.DataFrame) -> str:
-    lines = [
-        "| method | test F1 | precision | recall | parameters | training |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, r in rows.iterrows():
-        f1 = f"{r['f1']:.2f}" + (f" ± {r['f1_half']:.2f}" if r["f1_half"] == r["f1_half"] else "")
-        size = f"{r['parameters'] / 1e6:.1f} M"
-        lines.append(
-            f"| {name} | {f1} | {r['precision']:.2f} | {r['recall']:.2f} | {size} | "
-            f"{r['train_seconds']:.0f} s |"
-        )
-    return "\n".join(lines)
-
-
-def _reference_table(runs: pd.DataFrame) -> str:
-    lines = [
-        "| model | entity F1 against gold | against the teacher's output | parameters |",
-        "|---|---|---|---|",
-    ]
-    for model, own in runs.groupby("model", sort=False):
-        cells = []
-        for reference in ("gold", "teacher"):
-            mean, half = scores.interval(own.loc[own["reference"] == reference, "span_f1"])
-            cells.append(f"{mean:.2f}" + (f" ± {half:.2f}" if half == half else ""))
-        lines.append(f"| {model} | {' | '.join(cells)} | {own['parameters'].iloc[0] / 1e6:.1f} M |")
-    return "\n".join(lines)
-
-
 def update_readme(readme: Path, known: pd.DataFrame) -> None:
-    """Print every `<!-- from figures/... -->` table of the README anew from its file, and the
-    numbers of every claim that is known."""
-
-    def block(found: re.Match) -> str:
-        return f"<!-- from {found[1]} -->\n{readme_table(ROOT / found[1])}\n\n"
-
-    text = readme.read_text(encoding="utf8")
-    text = re.sub(r"<!-- from (\S+) -->\n.*?\n\n", block, text, flags=re.S)
-    write_text(readme, claims.fill(text, known))
+    """Print the numbers of every claim in the README anew."""
+    write_text(readme, claims.fill(readme.read_text(encoding="utf8"), known))
 
 
 def matching(asked: list[str], known: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import kdlib
-from kdlib.lab import cache, scores
+from kdlib.lab import cache, scores, tables
 from kdlib.losses import Surrogates
 from kdlib.methods import METHODS
 from kdlib.text.files import ROOT, replacing, write_text
@@ -127,21 +127,50 @@ def code() -> str:
         return f"kdlib {kdlib.__version__}"
 
 
+QUESTIONS = {  # a notebook's number, and what its figures answer
+    "05": "Soft or hard labels, and from which budget on?",
+    "03": "How does a CRF pass on what it knows, and does a teacher that learns help?",
+    "04": "What do the k best label sequences say that the best one does not?",
+    "02": "How small can a Transformer be, and what do its layers teach?",
+    "01": "Can a zero-shot span model teach a small LSTM?",
+    "00": "What is there at a glance, and how hard is the demo corpus?",
+}
+SHOWN = ("01_table1", "02_table3", "03_table", "04_table")  # tables that a page prints
+
+
 def gallery(figures: Path = ROOT / "figures") -> None:
-    """Write figures/README.md: every figure and table with its caption, data set, seeds, machine,
+    """Write figures/README.md."""
+    write_text(figures / "README.md", page(figures))
+
+
+def page(figures: Path) -> str:
+    """Every figure and table by the question it answers, with caption, data set, seeds, machine,
     commit and notebook."""
+    found = {
+        (index.parent.name, stem): entry
+        for index in sorted(figures.glob("*/index.json"))
+        for stem, entry in json.loads(index.read_text(encoding="utf8")).items()
+    }
     lines = ["# Figures and tables", "", "Written by `python -m kdlib study`; do not edit."]
-    for index in sorted(figures.glob("*/index.json")):
-        lines += ["", f"## {index.parent.name}"]
-        for stem, entry in json.loads(index.read_text(encoding="utf8")).items():
-            sources = sorted((ROOT / "notebooks").glob(f"{stem[:2]}_*.ipynb"))
-            drawn = [f"drawn by [{s.stem}](../notebooks/{s.name})" for s in sources[:1]]
-            lines += ["", f"**{stem}** · {entry['caption']}", ""]
-            lines += [f"![{stem}]({index.parent.name}/{stem}.svg)", ""] if entry["figure"] else []
-            told = [f"[{stem}.csv]({index.parent.name}/{stem}.csv)", f"seeds: {entry['seeds']}"]
-            told += [entry["machine"], f"code {entry['code']}", *drawn]
-            lines += [" · ".join(told)]
-    write_text(figures / "README.md", "\n".join(lines) + "\n")
+    questions = QUESTIONS | {"": "How fast is it?"}
+    for number, question in questions.items():
+        own = {key: e for key, e in found.items() if key[1][:2] == number or not number}
+        found = {key: e for key, e in found.items() if key not in own}
+        lines += ["", f"## {question}"] if own else []
+        for (folder, stem), entry in own.items():
+            lines += _entry(figures, folder, stem, entry)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(figures: Path, folder: str, stem: str, entry: Mapping[str, Any]) -> list[str]:
+    sources = sorted((ROOT / "notebooks").glob(f"{stem[:2]}_*.ipynb"))
+    drawn = [f"drawn by [{s.stem}](../notebooks/{s.name})" for s in sources[:1]]
+    lines = ["", f"**{folder} · {stem}** · {entry['caption']}", ""]
+    lines += [f"![{folder}: {entry['caption']}]({folder}/{stem}.svg)", ""] * entry["figure"]
+    if stem.startswith(SHOWN):
+        lines += [tables.markdown(figures / folder / f"{stem}.csv"), ""]
+    told = [f"[{stem}.csv]({folder}/{stem}.csv)", f"seeds: {entry['seeds']}"]
+    return [*lines, " · ".join([*told, entry["machine"], f"code {entry['code']}", *drawn])]
 
 
 def curves(

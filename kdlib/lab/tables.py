@@ -3,6 +3,7 @@ and over seeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -228,3 +229,39 @@ def contrasts(counted: Counted) -> pd.DataFrame:
 def _apart(table: pd.DataFrame, name: str) -> pd.Series:
     """Whether an interval leaves out 0."""
     return (table[f"{name}low"] > 0) | (table[f"{name}high"] < 0)
+
+
+def markdown(csv: Path) -> str:
+    """A table of runs for a page to show: one row a method or model, mean over seeds and
+    half-width of the 95 % interval."""
+    runs = pd.read_csv(csv)
+    return _reference_table(runs) if "reference" in runs else _method_table(summary(runs))
+
+
+def _method_table(rows: pd.DataFrame) -> str:
+    lines = [
+        "| method | test F1 | precision | recall | parameters | training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, r in rows.iterrows():
+        f1 = f"{r['f1']:.2f}" + (f" ± {r['f1_half']:.2f}" if r["f1_half"] == r["f1_half"] else "")
+        size = f"{r['parameters'] / 1e6:.1f} M"
+        lines.append(
+            f"| {name} | {f1} | {r['precision']:.2f} | {r['recall']:.2f} | {size} | "
+            f"{r['train_seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def _reference_table(runs: pd.DataFrame) -> str:
+    lines = [
+        "| model | entity F1 against gold | against the teacher's output | parameters |",
+        "|---|---|---|---|",
+    ]
+    for model, own in runs.groupby("model", sort=False):
+        cells = []
+        for reference in ("gold", "teacher"):
+            mean, half = scores.interval(own.loc[own["reference"] == reference, "span_f1"])
+            cells.append(f"{mean:.2f}" + (f" ± {half:.2f}" if half == half else ""))
+        lines.append(f"| {model} | {' | '.join(cells)} | {own['parameters'].iloc[0] / 1e6:.1f} M |")
+    return "\n".join(lines)

@@ -15,7 +15,8 @@ ROW |= {"high": 3.0, "seeds_low": 0.5, "seeds_high": 3.5}
         ({}, "more"),
         ({"seeds_low": -0.5}, "open"),  # other seeds might not agree
         ({"difference": -2.0, "low": -3, "high": -1, "seeds_low": -4, "seeds_high": -0.1}, "less"),
-        ({"low": -0.2, "high": 0.3, "seeds_low": -1}, "equal"),
+        ({"low": -0.2, "high": 0.3, "seeds_low": -0.4, "seeds_high": 0.4}, "equal"),
+        ({"low": -0.2, "high": 0.3, "seeds_low": -1}, "open"),
         ({"verdict": "not shown"}, "open"),  # the table's own, stricter one
         ({"verdict": "equal"}, "equal"),
     ],

@@ -55,7 +55,9 @@ def test_the_gallery_names_caption_seeds_and_notebook(tmp_path):
     drawn(tmp_path / "demo")
     plots.gallery(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "![03_x](demo/03_x.svg)" in text and "A caption." in text and "seeds: 2" in text
+    assert (
+        "![demo: A caption.](demo/03_x.svg)" in text and "A caption." in text and "seeds: 2" in text
+    )
     assert "03_meta_structured_distillation.ipynb" in text
     assert json.loads((tmp_path / "demo" / "index.json").read_text())["03_x"]["figure"] is True
 
