@@ -60,21 +60,3 @@ def evidence(
         experiments.run(name)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
-
-
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="crf, gliner, students or surrogates.")],
-) -> None:
-    """Measure speed side by side in one run, and write figures/bench/NAME.csv.
-
-    crf: against pytorch-crf and torch-struct. gliner: the twin tower against GLiNER in torch, ONNX
-    and int8. students: small Transformers in turns with their teacher. surrogates: k-best labels
-    beside the teacher's forward passes.
-    """
-    from kdlib.lab import bench as benchmarks
-
-    try:
-        benchmarks.run(name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None

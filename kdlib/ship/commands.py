@@ -69,3 +69,23 @@ def predict(
             typer.echo(json.dumps({"text": text, "entities": found}, ensure_ascii=False))
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="crf, gliner, inference, students or surrogates.")],
+) -> None:
+    """Measure speed side by side in one run, and write figures/bench/NAME.csv.
+
+    crf: against pytorch-crf and torch-struct. gliner: the twin tower against GLiNER in torch, ONNX
+    and int8. students: small Transformers in turns with their teacher. surrogates: k-best labels
+    beside the teacher's forward passes. inference: what a user waits for, GLiNERs, teacher and
+    student, in torch and in onnxruntime.
+    """
+    from kdlib.lab import bench as benchmarks
+    from kdlib.ship.bench import inference
+
+    try:
+        benchmarks.run(name, benchmarks.BENCHMARKS | {"inference": inference})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

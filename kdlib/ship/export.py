@@ -73,7 +73,7 @@ def crf_of(tagger: Tagger) -> dict[str, list]:
         told = [[None if x == float("-inf") else x for x in row] for row in rows]
         return told if isinstance(values[0], list) else told[0]
 
-    crf, names = tagger.crf, runtime.Crf._fields
+    crf, names = tagger.crf, runtime.SCORES
     return {name: plain(getattr(crf, name), getattr(crf, f"legal_{name}")) for name in names}
 
 

@@ -19,45 +19,60 @@ from kdlib.text.tags import to_spans
 
 CONFIG = "config.json"
 FORMAT = "kdlib tagger 1"
+SCORES = ("start", "transitions", "end")
 MOST_WORDS = 256  # of a window
 WORDS_AT_ONCE = 4_000  # of a batch, padding included: memory stays flat
 
 
-class Crf(NamedTuple):
-    """Scores of a linear chain; what is illegal is -inf."""
+class Crf:
+    """A linear chain over padded batches: scores `start` [K], `transitions` [K, K] from -> to,
+    `end` [K]; what is illegal is -inf."""
 
-    start: np.ndarray  # [K]
-    transitions: np.ndarray  # [K, K], from -> to
-    end: np.ndarray  # [K]
+    def __init__(self, start: np.ndarray, transitions: np.ndarray, end: np.ndarray) -> None:
+        self.start, self.transitions, self.end = start, transitions, end
+        self._start, self._end = np.exp(start - start.max()), np.exp(end - end.max())
+        self._step = np.exp(transitions - transitions.max())
 
-    def viterbi(self, emissions: np.ndarray) -> list[int]:
-        """The best label sequence of emissions [L, K]."""
-        best, steps = self.start + emissions[0], []
-        for scores in emissions[1:]:
-            arriving = best[:, None] + self.transitions
-            steps.append(arriving.argmax(0))
-            best = arriving.max(0) + scores
-        path = [int((best + self.end).argmax())]
+    def viterbi(self, emissions: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+        """The best label sequence of each row of emissions [B, L, K]."""
+        best, steps = self.start + emissions[:, 0], []
+        stay, ragged = np.arange(best.shape[1]), lengths.min() < emissions.shape[1]
+        for i in range(1, emissions.shape[1]):
+            arriving = best[:, :, None] + self.transitions
+            step, after = arriving.argmax(1), arriving.max(1) + emissions[:, i]
+            if ragged:
+                going = (i < lengths)[:, None]
+                step, after = np.where(going, step, stay), np.where(going, after, best)
+            steps.append(step)
+            best = after
+        rows, at = np.arange(len(best)), (best + self.end).argmax(1)
+        path = [at]
         for step in reversed(steps):
-            path.append(int(step[path[-1]]))
-        return path[::-1]
+            at = step[rows, at]
+            path.append(at)
+        whole = np.stack(path[::-1], 1).tolist()
+        return [own[:length] for own, length in zip(whole, lengths.tolist(), strict=True)]
 
-    def marginals(self, emissions: np.ndarray) -> np.ndarray:
-        """p(y_i = v | x) [L, K], forward and backward in probabilities, rescaled at each word."""
-        local = np.exp(emissions - emissions.max(1, keepdims=True))
-        step = np.exp(self.transitions - self.transitions.max())
+    def marginals(self, emissions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """p(y_i = v | x) [B, L, K], forward and backward in probabilities, rescaled at each word;
+        what lies beyond a row's length means nothing."""
+        local = np.exp(emissions - emissions.max(2, keepdims=True))
         forward, backward = np.empty_like(local), np.empty_like(local)
-        at = np.exp(self.start - self.start.max()) * local[0]
-        forward[0] = at / at.sum()
-        for i in range(1, len(local)):
-            at = (forward[i - 1] @ step) * local[i]
-            forward[i] = at / at.sum()
-        backward[-1] = np.exp(self.end - self.end.max())
-        for i in range(len(local) - 2, -1, -1):
-            at = step @ (local[i + 1] * backward[i + 1])
-            backward[i] = at / at.sum()
+        at = self._start * local[:, 0]
+        forward[:, 0] = at = at / at.sum(1, keepdims=True)
+        for i in range(1, local.shape[1]):
+            at = (at @ self._step) * local[:, i]
+            forward[:, i] = at = at / at.sum(1, keepdims=True)
+        at = backward[:, -1] = np.broadcast_to(self._end, at.shape)
+        turned, ragged = self._step.T, lengths.min() < emissions.shape[1]
+        for i in range(local.shape[1] - 2, -1, -1):
+            at = (local[:, i + 1] * at) @ turned
+            at = at / at.sum(1, keepdims=True)
+            if ragged:
+                at = np.where((i < lengths - 1)[:, None], at, self._end)
+            backward[:, i] = at
         both = forward * backward
-        return both / both.sum(1, keepdims=True)
+        return both / both.sum(2, keepdims=True)
 
 
 class Window(NamedTuple):
@@ -77,8 +92,7 @@ class Student:
         self.labels: list[str] = config["labels"]
         self.thresholds: dict[str, float] = config["thresholds"]
         self._tags: list[str] = config["tags"]
-        crf = (config["crf"][name] for name in Crf._fields)
-        self.crf = Crf(*(_scores(values) for values in crf))
+        self.crf = Crf(*(_scores(config["crf"][name]) for name in SCORES))
         self._around, self._unknown = config["special_pieces"], config["unknown_piece"]
         self._most = config["most_pieces"] - sum(map(len, self._around))
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -86,6 +100,8 @@ class Student:
         self._tokenizer.no_padding()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # idle threads would take the cores of whoever waits for the answer
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         name = "model_int8.onnx" if int8 else "model.onnx"
         self._session = onnxruntime.InferenceSession(str(folder / "onnx" / name), options)
 
@@ -127,10 +143,10 @@ class Student:
         lengths = [len(w.words) for w in windows]
         rows = sorted(range(len(windows)), key=lengths.__getitem__)
         for part in _parts(rows, lengths, batch_size) if windows else ():
-            for row, emissions in zip(part, self._emissions(texts, windows, part), strict=True):
+            for row, entities in zip(part, self._entities(texts, windows, part), strict=True):
                 window = windows[row]
                 text = texts[window.text]
-                for start, end, label, score in self._entities(emissions):
+                for start, end, label, score in entities:
                     if label in wanted and score >= least[label]:
                         a, b = window.words[start][0], window.words[end - 1][1]
                         entity = {"start": a, "end": b, "text": text[a:b]}
@@ -155,21 +171,26 @@ class Student:
 
     # ---- how ----
 
-    def _emissions(
+    def emissions(
         self, texts: Sequence[str], windows: Sequence[Window], part: Sequence[int]
-    ) -> list[np.ndarray]:
-        """Scores [L, K] of the words of each window."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [B, L, K] of the words of some windows, padded with 0, and their lengths [B]."""
         own = [[texts[windows[r].text][a:b] for a, b in windows[r].words] for r in part]
-        encoded = self._tokenizer.encode_batch(own, is_pretokenized=True, add_special_tokens=False)
+        how = {"is_pretokenized": True, "add_special_tokens": False}
+        if len(own) == 1:  # without a pool of threads
+            encoded = [self._tokenizer.encode(own[0], **how)]
+        else:
+            encoded = self._tokenizer.encode_batch(own, **how)
         before, after = self._around
         rows, firsts = [], []
         for words, pieces in zip(own, encoded, strict=True):
-            row, first, told = list(before), [], dict.fromkeys(range(len(words)))
+            of: list[list[int]] = [[] for _ in words]
             for piece, word in zip(pieces.ids, pieces.word_ids, strict=True):
-                told[word] = [*(told[word] or ()), piece]
-            for word in range(len(words)):
+                of[word].append(piece)
+            row, first = list(before), []
+            for own_pieces in of:
                 first.append(len(row))
-                row += told[word] or [self._unknown]
+                row += own_pieces or [self._unknown]
             rows.append([*row, *after])
             firsts.append(first)
         lengths = np.array([len(row) for row in rows], dtype=np.int32)
@@ -177,17 +198,26 @@ class Student:
         for i, row in enumerate(rows):
             padded[i, : len(row)] = row
         (scores,) = self._session.run(None, {"pieces": padded, "lengths": lengths})
-        return [scores[i, first].astype(np.float64) for i, first in enumerate(firsts)]
+        counts = np.array([len(first) for first in firsts])
+        out = np.zeros((len(rows), counts.max(), scores.shape[2]))
+        for i, first in enumerate(firsts):
+            out[i, : len(first)] = scores[i, first]
+        return out, counts
 
-    def _entities(self, emissions: np.ndarray) -> Iterator[tuple[int, int, str, float]]:
-        path = self.crf.viterbi(emissions)
-        spans = to_spans([self._tags[k] for k in path])
-        if not spans:
-            return
-        marginals = self.crf.marginals(emissions)
-        sure = [marginals[i, k] for i, k in enumerate(path)]
-        for start, end, kind in spans:
-            yield start, end, kind, float(np.mean(sure[start:end]))
+    def _entities(
+        self, texts: Sequence[str], windows: Sequence[Window], part: Sequence[int]
+    ) -> Iterator[list[tuple[int, int, str, float]]]:
+        """Of each window its entities: words, label, score."""
+        emissions, lengths = self.emissions(texts, windows, part)
+        paths = self.crf.viterbi(emissions, lengths)
+        spans = [to_spans([self._tags[k] for k in path]) for path in paths]
+        some = [i for i, own in enumerate(spans) if own]
+        if some:
+            marginals = self.crf.marginals(emissions[some], lengths[some])
+        place = {i: at for at, i in enumerate(some)}
+        for i, own in enumerate(spans):
+            sure = own and marginals[place[i], range(len(paths[i])), paths[i]]
+            yield [(s, e, kind, float(sure[s:e].mean())) for s, e, kind in own]
 
 
 def load(folder: str | Path, int8: bool = True, threads: int = 1) -> Student:

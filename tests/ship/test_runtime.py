@@ -40,12 +40,12 @@ def test_fp32_gives_what_torch_gives_alone_and_in_a_batch(made):
     windows = [
         runtime.Window(i, w) for i, t in enumerate(TEXTS) for w in runtime.calls.windows(t, 99)
     ]
-    together = student._emissions(TEXTS, windows, range(len(windows)))
-    for i, (own, sentence) in enumerate(zip(together, SENTENCES, strict=False)):
-        (alone,) = student._emissions(TEXTS, windows, [i])
-        np.testing.assert_allclose(own, alone, atol=1e-6)
+    together, lengths = student.emissions(TEXTS, windows, range(len(windows)))
+    for i, sentence in enumerate(SENTENCES[:4]):
+        alone, _ = student.emissions(TEXTS, windows, [i])
+        np.testing.assert_allclose(together[i, : lengths[i]], alone[0], atol=1e-6)
         (expected,) = model.emissions(model.encode([sentence]))
-        np.testing.assert_allclose(own, expected, atol=2e-5)
+        np.testing.assert_allclose(alone[0], expected, atol=2e-5)
     found = [
         [(e["text"], e["label"]) for e in own] for own in student.inference(TEXTS, threshold=0)
     ]
@@ -60,7 +60,7 @@ def test_int8_is_near_and_a_quarter_as_large(made):
     _, folder = made
     small, whole = (runtime.load(folder, int8=int8) for int8 in (True, False))
     windows = [runtime.Window(0, w) for w in runtime.calls.windows(TEXTS[2], 99)]
-    ours, exact = (side._emissions(TEXTS[2:3], windows, [0])[0] for side in (small, whole))
+    ours, exact = (side.emissions(TEXTS[2:3], windows, [0])[0] for side in (small, whole))
     assert 0 < abs(ours - exact).max() < 0.1 * abs(exact).max()
     sizes = [(folder / "onnx" / f"model{end}.onnx").stat().st_size for end in ("_int8", "")]
     assert sizes[0] < sizes[1]
@@ -77,12 +77,19 @@ def test_its_crf_is_the_models(seed):
     ours = runtime.Crf(
         *(runtime._scores(v) for v in json.loads(json.dumps(crf_of(holder))).values())
     )
-    for length in (1, 2, 9):
-        emissions = 3 * torch.randn(1, length, len(labels), dtype=torch.double)
-        mask = torch.ones(1, length, dtype=torch.bool)
-        assert ours.viterbi(emissions[0].numpy()) == crf.viterbi(emissions, mask)[0].tolist()
-        marginals = crf.marginals(emissions, mask)[0][0].detach()
-        np.testing.assert_allclose(ours.marginals(emissions[0].numpy()), marginals, atol=1e-10)
+    lengths = np.array([1, 2, 9, 9])
+    emissions = 3 * torch.randn(4, 9, len(labels), dtype=torch.double)
+    for rows in (range(4), [0], [2, 3]):
+        rows = list(rows)
+        own, words = emissions[rows][:, : lengths[rows].max()], lengths[rows]
+        mask = torch.arange(own.shape[1]) < torch.tensor(words)[:, None]
+        best, marginals = crf.viterbi(own, mask), crf.marginals(own, mask)[0].detach()
+        assert ours.viterbi(own.numpy(), words) == [
+            path[:n].tolist() for path, n in zip(best, words, strict=True)
+        ]
+        found = ours.marginals(own.numpy(), words)
+        for i, n in enumerate(words):
+            np.testing.assert_allclose(found[i, :n], marginals[i, :n], atol=1e-10)
 
 
 def test_it_needs_neither_torch_nor_transformers(made):
