@@ -284,3 +284,14 @@ def test_an_exception_leaves_the_mode_as_it_was(model, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         model.inference(["Anna"], LABELS)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "claimed", [{"layers": 100_000}, {"hidden": 10**7}, {"buckets": 10**10}, {"embedding": 10**8}]
+)
+def test_a_folder_that_claims_to_be_huge_is_refused_before_it_is_made(model, tmp_path, claimed):
+    model.save_pretrained(tmp_path / "twin")
+    file = tmp_path / "twin" / "twin_tower.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | claimed))
+    with pytest.raises(ValueError, match="expected the files of a whole TwinTower"):
+        TwinTower.from_pretrained(tmp_path / "twin")

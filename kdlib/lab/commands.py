@@ -38,6 +38,9 @@ def study(
         failures = batch.command(notebooks or [], profile, set_ or [], force)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
     for failure in failures:
         typer.echo(f"FAILED {failure}", err=True)
     raise typer.Exit(1 if failures else 0)

@@ -142,7 +142,8 @@ class Student:
         windows = [Window(i, w) for i, text in enumerate(texts) for w in calls.windows(text, most)]
         lengths = [len(w.words) for w in windows]
         rows = sorted(range(len(windows)), key=lengths.__getitem__)
-        for part in _parts(rows, lengths, batch_size) if windows else ():
+        parts = calls.batches(rows, lengths, batch_size, WORDS_AT_ONCE) if windows else ()
+        for part in parts:
             for row, entities in zip(part, self._entities(texts, windows, part), strict=True):
                 window = windows[row]
                 text = texts[window.text]
@@ -224,16 +225,6 @@ def load(folder: str | Path, int8: bool = True, threads: int = 1) -> Student:
     """The student of a folder that `export` wrote; FileNotFoundError where it is none, ValueError
     where its files are damaged."""
     return Student(folder, int8, threads)
-
-
-def _parts(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    part: list[int] = []
-    for row in rows:
-        if part and (len(part) == size or (len(part) + 1) * lengths[row] > WORDS_AT_ONCE):
-            yield part
-            part = []
-        part.append(row)
-    yield part
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

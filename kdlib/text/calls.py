@@ -9,12 +9,14 @@ from kdlib.text.tags import WORD, Sentence, word_runs
 MOST_WORDS = 16_000  # of a batch, padding included
 
 
-def batches(rows: Sequence[int], lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+def batches(
+    rows: Sequence[int], lengths: Sequence[int], size: int, most: int = MOST_WORDS
+) -> Iterator[list[int]]:
     """Rows, shortest first, at most `size` at once and fewer where a long text would make much
-    padding of the others."""
+    padding of the others: `most` words of a batch, padding included."""
     part: list[int] = []
     for row in rows:
-        if part and (len(part) == size or (len(part) + 1) * lengths[row] > MOST_WORDS):
+        if part and (len(part) == size or (len(part) + 1) * lengths[row] > most):
             yield part
             part = []
         part.append(row)

@@ -13,8 +13,8 @@ import numpy as np
 
 from kdlib.text import demo
 from kdlib.text.demo import SPLITS
-from kdlib.text.readers import documents_of, read, tidy_passages
-from kdlib.text.tags import Sentence, spoil, to_spans
+from kdlib.text.readers import DataError, documents_of, read, tidy_passages
+from kdlib.text.tags import Sentence, Unfit, spoil, to_iob2, to_spans
 
 IN_WORDS = {
     "PER": "person",
@@ -286,11 +286,22 @@ def load(name: str) -> Dataset:
                 f"{name}: expected more training sentences to take dev from, got {len(dev)}"
             )
     if name not in SOURCES:
+        for file, part in zip(files, (train, dev, test), strict=True):
+            _check_tags(file, part)
         return Dataset(Path(name).name, train, dev, test)
     told = {s.tokens for s in (*dev, *test)}
     kept = [s for s in train if s.tokens not in told]
     documents = tuple(documents_of(files[2]) if files else ())
     return Dataset(name, kept, dev, test, documents, len(train) - len(kept))
+
+
+def _check_tags(file: Path | None, sentences: Sequence[Sentence]) -> None:
+    """DataError, with file and sentence, for entities that overlap: no tags can say them."""
+    for number, sentence in enumerate(sentences, 1):
+        try:
+            to_iob2(sentence.spans or (), len(sentence.tokens))
+        except Unfit as error:
+            raise DataError(file, f"sentence {number}", error.expected, error.got) from None
 
 
 def locate(name: str) -> list[Path | None]:

@@ -204,7 +204,9 @@ def generate(seed: int = 0) -> dict[str, list[Sentence]]:
 
 
 def main() -> None:
-    """Write data/demo and print its sizes."""
+    """Write data/demo and print its sizes; FileNotFoundError outside a checkout."""
+    if not FOLDER.parent.is_dir():
+        raise FileNotFoundError(f"{FOLDER.parent}: expected a checkout of the study, got none")
     for split, sentences in generate().items():
         write_json_lines(FOLDER / f"{split}.jsonl", sentences)
         print(

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,9 @@ def saving(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder).expanduser().resolve()
     if not target.exists():
+        for leftover in target.parent.glob(f".{target.name}.*"):  # of a save that was killed
+            if time.time() - leftover.stat().st_mtime > 3600:
+                shutil.rmtree(leftover, ignore_errors=True)
         with replacing(target) as aside:
             aside.mkdir()
             yield aside

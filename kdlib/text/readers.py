@@ -97,7 +97,7 @@ def _read_conll(
             )
         words.append(fields[0] and clean(fields[0]))
         tags.append(fields[-1])
-        if not words[-1]:
+        if not words[-1].strip():
             raise DataError(path, number, "a word in the first column", line)
         try:
             _, kind = split_tag(tags[-1])
@@ -173,6 +173,8 @@ def _sentence(path: Path, at: int | str, item: object, types: Sequence[str] | No
         ) from None
     except Unfit as error:
         raise DataError(path, at, error.expected, error.got) from None
+    except RecursionError:
+        raise DataError(path, at, "JSON of a sentence", "something nested very deep") from None
     for span in sentence.spans or ():
         _check_type(path, at, span.type, types)
     return sentence

@@ -558,3 +558,13 @@ def test_a_classifier_with_other_labels_is_refused(study, tiny_folder, tmp_path)
         from_hugging_face("./nowhere", ["PER"])
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"]["0"] == "O"
+
+
+def test_a_type_may_be_named_like_a_column(study):
+    spans = (Span(0, 1, "f1"), Span(1, 2, "method"))
+    sentences = [Sentence(("a", "b"), spans)] * 2
+    parts = replace(study.parts, test=sentences, types=["f1", "method"])
+    run = tables.Run("teacher", 0, [spans, spans[:1]], [], 1, 0.0)
+    (row,) = tables.closer_look([run], parts).to_dict("records")
+    assert row["method"] == "teacher" and row["f1"] == pytest.approx(600 / 7)
+    assert (row["f1 of f1"], row["f1 of method"]) == pytest.approx((100, 200 / 3))

@@ -1,8 +1,12 @@
 import json
 import sys
+import tempfile
 import types
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdlib.text import corpora, readers
 from kdlib.text.readers import DataError, read, tidy_passages
@@ -72,6 +76,12 @@ BAD = {
     "one column": ("x.conll", "a\nb\n", r"x.conll:1: expected 2 columns"),
     "another number of columns": ("x.conll", "a X O\nb O\n", r"x.conll:2: expected 3 columns"),
     "no tag": ("x.conll", "a O\nb X-PER\n", r"x.conll:2: expected a tag.*got 'X-PER'"),
+    "a word of one control character": ("x.tsv", "\x1c\tO\n", r"x.tsv:1: expected a word"),
+    "nested very deep": (
+        "x.jsonl",
+        '{"tokens": ' + "[" * 991 + "]" * 991 + "}",
+        r"x.jsonl:1: expected JSON of a sentence|a list of words",
+    ),
     "no word": ("x.tsv", "a\tO\n\tO\n", r"x.tsv:2: expected a word"),
     "empty": ("x.conll", "", r"x.conll: expected at least one sentence, got 'none'"),
     "only headers": ("x.conll", "-DOCSTART- O\n\n", r"at least one sentence"),
@@ -172,6 +182,31 @@ def test_bad_files_get_one_error_with_place_expected_and_got(tmp_path, case):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="expected a readable file"):
         read(tmp_path / "nothing.conll")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from(["x.conll", "x.jsonl", "x.json"]))
+def test_whatever_a_file_holds_it_is_read_or_refused_with_its_name(content, name):
+    with tempfile.TemporaryDirectory() as folder:
+        file = write(Path(folder) / name, content)
+        try:
+            found = read(file)
+        except DataError as error:
+            assert name in str(error)
+        else:
+            assert found and all(s.tokens and all(w.strip() for w in s.tokens) for s in found)
+
+
+def test_overlapping_entities_of_ones_own_folder_are_told_with_file_and_sentence(tmp_path):
+    good = [{"tokenized_text": ["a", "b", "c"], "ner": [[0, 1, "X"], [0, 1, "X"]]}]
+    bad = [*good, {"tokenized_text": ["a", "b", "c"], "ner": [[0, 1, "X"], [1, 2, "Y"]]}]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(good))
+    (tmp_path / "test.json").write_text(json.dumps(bad))
+    with pytest.raises(DataError, match=r"test.json, sentence 2: expected spans that do not over"):
+        corpora.load(str(tmp_path))
+    (tmp_path / "test.json").write_text(json.dumps(good))
+    assert corpora.load(str(tmp_path)).test[0].spans == (Span(0, 2, "X"),)  # once
 
 
 def test_written_sentences_are_read_back(tmp_path):

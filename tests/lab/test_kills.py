@@ -1,0 +1,54 @@
+"""What a kill at any moment leaves behind: nothing half-made, and the same numbers in the end."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+METHODS = "student alone|pseudo-labels|top-k|posterior|structural|msd"
+SCRIPT = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from dataclasses import replace
+from conftest import tiny_study
+from kdlib.lab import cache
+study = tiny_study(sys.argv[1])
+study = study.with_budget(replace(study.budget, updates=40))
+print("begins", flush=True)
+runs = study.runs({METHODS!r}.split("|"), ["bilstm"], [0], show=False)
+print(cache.digest([[m.method, m.predicted, [h["loss"] for h in m.history]] for m in runs]))
+"""
+
+
+def started(folder, home):
+    """The study in a process of its own, once its imports are done."""
+    command = [sys.executable, "-c", SCRIPT, folder]
+    environment = {"KDLIB_CACHE": str(home), "PATH": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begins\n"
+    return process
+
+
+@pytest.mark.long
+def test_killed_at_any_moment_and_started_again_six_methods_end_the_same(tiny_folder, tmp_path):
+    began = time.perf_counter()
+    (whole,) = started(tiny_folder, tmp_path / "one").stdout.read().split()
+    seconds, rng = time.perf_counter() - began, random.Random(0)
+    for _ in range(6):
+        process = started(tiny_folder, tmp_path / "two")
+        time.sleep(rng.uniform(0, seconds / 3))
+        process.kill()
+        process.wait()
+    (again,) = started(tiny_folder, tmp_path / "two").stdout.read().split()
+    assert again == whole
+    assert not list((tmp_path / "two").rglob("*.damaged"))
+    assert not list((tmp_path / "two" / "checkpoints").glob("*.pt"))
+
+
+@pytest.mark.long
+def test_two_processes_on_one_cache_say_the_same(tiny_folder, tmp_path):
+    both = [started(tiny_folder, tmp_path / "both") for _ in range(2)]
+    said = [process.stdout.read() for process in both]
+    assert said[0] == said[1] != ""
