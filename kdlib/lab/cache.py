@@ -25,6 +25,7 @@ from kdlib.text.files import replacing
 # What records are found by. Raise it when a change to kdlib changes what a model learns or a
 # teacher says: the golden test tells, and what was made before is then made again.
 VERSION = 2
+RUN = "KDLIB_RUN"  # the name of the batch run that a kernel belongs to
 
 
 def code(folder: Path, names: Iterable[str]) -> str:
@@ -127,7 +128,7 @@ def spent(stage: str, seconds: float) -> None:
     """Note what time went to; `notebooks.run_all` adds it up in figures/bench/study.csv."""
     folder().mkdir(parents=True, exist_ok=True)
     with (folder() / "spent.csv").open("a", encoding="utf8") as log:
-        log.write(f"{stage},{seconds:.2f}\n")
+        log.write(f"{os.environ.get(RUN, '')},{stage},{seconds:.2f}\n")
 
 
 def write(file: Path, content: bytes) -> None:

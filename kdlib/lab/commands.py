@@ -24,6 +24,10 @@ def study(
         typer.Option("--set", metavar="NAME=VALUE", help="A parameter, for every notebook run."),
     ] = None,
     force: Annotated[bool, typer.Option(help="Run again what has not changed.")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Notebooks at a time; one a core by default."),
+    ] = None,
 ) -> None:
     """Run the notebooks in batch; figures and tables go to figures/, the runs to build/.
 
@@ -35,7 +39,7 @@ def study(
     from kdlib.lab import notebooks as batch
 
     try:
-        failures = batch.command(notebooks or [], profile, set_ or [], force)
+        failures = batch.command(notebooks or [], profile, set_ or [], force, jobs)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
     except KeyboardInterrupt:

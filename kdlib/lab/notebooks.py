@@ -4,15 +4,17 @@ A notebook that ran before with the same code, data and parameters is not run ag
 is reported with its cell and error, and the others still run.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nbformat
 import pandas as pd
@@ -27,40 +29,70 @@ from kdlib.text.files import ROOT, replacing, write_text
 
 BUILD = ROOT / "build"
 PROFILES = ("default", "quick", "full")
+EVERY = 15.0  # seconds between two lines of a run that goes on
 
 
 class _Reporting(NBClientEngine):
-    """Papermill's own engine, which also says which cell it is in."""
+    """Papermill's own engine, which also says which cell each run is in, and gives a kernel the
+    name of its run, for `cache.spent`."""
 
-    at = 0
+    at: ClassVar[dict[str, int]] = {}
+    starting: ClassVar[threading.Lock] = threading.Lock()  # a kernel inherits the environment
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
-        began, total, start = time.perf_counter(), len(nb_man.nb.cells), nb_man.cell_start
+        name, start, waits = nb_man.nb.metadata["kdlib_name"], nb_man.cell_start, [True]
+
+        def started() -> None:
+            if waits.pop() if waits else False:
+                cls.starting.release()
 
         def cell_start(cell: Any, cell_index: int | None = None, **more: Any) -> None:
+            started()
             start(cell, cell_index, **more)
-            _Reporting.at = (cell_index or 0) + 1
-            if sys.stdout.isatty():
-                _line(
-                    nb_man.nb.metadata["kdlib_name"],
-                    _Reporting.at,
-                    total,
-                    time.perf_counter() - began,
-                    end="\r",
-                )
+            cls.at[name] = (cell_index or 0) + 1
 
         nb_man.cell_start = cell_start
-        super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+        cls.starting.acquire()
+        os.environ |= {cache.RUN: name, plots.BATCH: "1"}
+        try:
+            super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+        finally:
+            started()
 
 
 papermill_engines.register("kdlib", _Reporting)
 
 
-def _line(
-    name: str, at: int, total: int, seconds: float, end: str = "\n", result: str = ""
-) -> None:
-    print(f"{name:42} cell {at:>2}/{total}  {seconds:6.0f} s  {result}", end=end, flush=True)
+def _line(name: str, at: int, total: int, seconds: float, result: str) -> None:
+    print(f"{name:42} cell {at:>2}/{total}  {seconds:6.0f} s  {result}", flush=True)
+
+
+@contextlib.contextmanager
+def _beating(name: str, total: int) -> Iterator[None]:
+    """A line now and then while the block runs, and one when it ends: done, or FAILED."""
+    began, stop = time.perf_counter(), threading.Event()
+    _Reporting.at[name] = 0
+
+    def say(result: str) -> None:
+        _line(name, _Reporting.at[name], total, time.perf_counter() - began, result)
+
+    def beat() -> None:
+        while not stop.wait(EVERY):
+            say("...")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        say("FAILED")
+        raise
+    finally:
+        stop.set()
+        thread.join()
+    _Reporting.at[name] = total
+    say("done")
 
 
 def study() -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -152,19 +184,17 @@ def _transport(folder: str) -> Config:
 def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
     """Execute one notebook into `out`; unknown parameters are errors. PapermillExecutionError names
     a failing cell."""
-    parameters, _Reporting.at = check(stem, parameters), 0
-    source = ROOT / "notebooks" / f"{stem}.ipynb"
+    parameters, source = check(stem, parameters), ROOT / "notebooks" / f"{stem}.ipynb"
     out.parent.mkdir(parents=True, exist_ok=True)
     notebook = nbformat.read(source, 4)
     notebook.metadata["kdlib_name"] = out.stem
-    with replacing(out.with_suffix(".input.ipynb")) as aside:
+    entered = out.with_suffix(".input.ipynb")
+    with replacing(entered) as aside:
         nbformat.write(notebook, aside)
-    began, total = time.perf_counter(), len(notebook.cells)
-    os.environ[plots.BATCH] = "1"  # the kernel inherits it
     try:
-        with tempfile.TemporaryDirectory() as sockets:
+        with tempfile.TemporaryDirectory() as sockets, _beating(out.stem, len(notebook.cells)):
             pm.execute_notebook(
-                out.with_suffix(".input.ipynb"),
+                entered,
                 out,
                 parameters,
                 engine_name="kdlib",
@@ -173,13 +203,8 @@ def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
                 progress_bar=False,
                 config=_transport(sockets),
             )
-    except BaseException:
-        _line(out.stem, _Reporting.at, total, time.perf_counter() - began, result="FAILED")
-        raise
     finally:
-        out.with_suffix(".input.ipynb").unlink(missing_ok=True)
-        del os.environ[plots.BATCH]
-    _line(out.stem, total, total, time.perf_counter() - began, result="done")
+        entered.unlink(missing_ok=True)
     return out
 
 
@@ -193,9 +218,9 @@ def planned(
     for stem in stems:
         for i, parameters in enumerate(rows[stem].get(profile, [])):
             name = f"{stem}.{profile}" + (f".{i + 1}" if i else "")
-            aside = {"figures": str(BUILD / "figures")} if profile == "quick" else {}
-            aside = {name: value for name, value in aside.items() if name in declared(stem)}
-            runs[name] = stem, _absolute(check(stem, parameters | aside | dict(extra)))
+            kept = BUILD if profile == "quick" else ROOT  # only whole runs leave evidence
+            where = {"figures": str(kept / "figures")} if "figures" in declared(stem) else {}
+            runs[name] = stem, _absolute(check(stem, parameters | where | dict(extra)))
     if not runs:
         raise ValueError(f"--profile: expected one that {stems} have, got {profile!r}")
     return runs
@@ -236,32 +261,26 @@ def _unchanged(stamp: Path, out: Path, content: str) -> bool:
     return said["key"] == content and all(Path(f).exists() and _sha(Path(f)) == d for f, d in left)
 
 
-def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list[str]:
-    """Run what was planned; returns what failed, one line each."""
+def run_all(
+    runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool, jobs: int = 1
+) -> list[str]:
+    """Run what was planned, so many at a time; returns what failed, one line each. Notebooks that
+    read what others have left come after them. Two jobs of one thread each do more than one of two
+    threads: the cores are shared out."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    readers = [name for name, (stem, _) in runs.items() if "results" in declared(stem)]
     failures, seconds = [], {}
-    for name, (stem, parameters) in runs.items():
-        out, stamp = BUILD / f"{name}.ipynb", BUILD / f"{name}.key"
-        content = key(stem, parameters)
-        if not force and _unchanged(stamp, out, content):
-            print(
-                f"{name:42} nothing has changed since it ran: skipped (--force runs it)", flush=True
-            )
-            continue
-        stamp.unlink(missing_ok=True)
-        began, noted, since = time.perf_counter(), _spent(), time.time()
-        try:
-            run(stem, parameters, out)
-            said = {"key": content, "wrote": _written(parameters, since)}
-            write_text(stamp, json.dumps(said))
-            seconds[name] = _stages(time.perf_counter() - began, _spent()[len(noted) :])
-        except pm.PapermillExecutionError as error:
-            failures.append(
-                f"{name}: cell {error.cell_index}: {error.ename}: {error.evalue} (see {out})"
-            )
-        except Exception as error:  # a dead kernel, say: reported, and the others still run
-            failures.append(
-                f"{name}: cell {_Reporting.at}: {type(error).__name__}: {error} (see {out})"
-            )
+    for part in ([name for name in runs if name not in readers], readers):
+        with ThreadPoolExecutor(jobs) as pool:
+            ends = {name: pool.submit(_one, name, *runs[name], force) for name in part}
+            try:
+                for name, end in ends.items():
+                    failure, stages = end.result()
+                    failures += [failure] if failure else []
+                    seconds |= {name: stages} if stages else {}
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)
+                raise
     try:
         if seconds:
             _write_times(seconds)
@@ -272,17 +291,42 @@ def run_all(runs: Mapping[str, tuple[str, dict[str, Any]]], force: bool) -> list
     return failures
 
 
-def _spent() -> list[str]:
-    """What `cache.spent` has noted so far."""
+def _one(
+    name: str, stem: str, parameters: dict[str, Any], force: bool
+) -> tuple[str, dict[str, float]]:
+    """What failed of a run, and where its time went; both empty for one that was skipped."""
+    out, stamp = BUILD / f"{name}.ipynb", BUILD / f"{name}.key"
+    content = key(stem, parameters)
+    if not force and _unchanged(stamp, out, content):
+        print(f"{name:42} nothing has changed since it ran: skipped (--force runs it)", flush=True)
+        return "", {}
+    stamp.unlink(missing_ok=True)
+    began, noted, since = time.perf_counter(), len(_spent(name)), time.time()
+    try:
+        run(stem, parameters, out)
+    except pm.PapermillExecutionError as error:
+        where = f"{name}: cell {error.cell_index}"
+        return f"{where}: {error.ename}: {error.evalue} (see {out})", {}
+    except Exception as error:  # a dead kernel, say: reported, and the others still run
+        where = f"{name}: cell {_Reporting.at.get(name, 0)}"
+        return f"{where}: {type(error).__name__}: {error} (see {out})", {}
+    write_text(stamp, json.dumps({"key": content, "wrote": _written(parameters, since)}))
+    return "", _stages(time.perf_counter() - began, _spent(name)[noted:])
+
+
+def _spent(name: str) -> list[tuple[str, float]]:
+    """What `cache.spent` has noted of a run so far: stages and seconds."""
     log = cache.folder() / "spent.csv"
-    return log.read_text(encoding="utf8").splitlines() if log.exists() else []
+    lines = log.read_text(encoding="utf8").splitlines() if log.exists() else []
+    rows = (line.split(",") for line in lines)
+    return [(stage, float(seconds)) for run, stage, seconds in rows if run == name]
 
 
-def _stages(wall: float, lines: list[str]) -> dict[str, float]:
+def _stages(wall: float, noted: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Seconds by stage of a run; the rest are figures, toy examples, starting the kernel."""
     stages: dict[str, float] = {}
-    for stage, seconds in (line.rsplit(",", 1) for line in lines):
-        stages[stage] = stages.get(stage, 0.0) + float(seconds)
+    for stage, seconds in noted:
+        stages[stage] = stages.get(stage, 0.0) + seconds
     return stages | {"the rest": wall - sum(stages.values())}
 
 
@@ -317,7 +361,9 @@ def matching(asked: list[str], known: list[str]) -> list[str]:
     return [stem for stem in known if any(stem.startswith(a) for a in asked)]
 
 
-def command(names: list[str], profile: str, pairs: list[str], force: bool) -> list[str]:
+def command(
+    names: list[str], profile: str, pairs: list[str], force: bool, jobs: int | None
+) -> list[str]:
     """What `kdlib study` does; returns what failed. ValueError or FileNotFoundError, before
     anything runs, for what does not fit."""
     if profile not in PROFILES:
@@ -332,4 +378,4 @@ def command(names: list[str], profile: str, pairs: list[str], force: bool) -> li
     runs = planned(matching(names, list(study())), profile, extra)
     for stem, parameters in runs.values():
         key(stem, parameters)  # finds the data, or says what is missing
-    return run_all(runs, force)
+    return run_all(runs, force, jobs or min(os.cpu_count() or 1, len(runs)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kdlib.batches import Rows, order
 from kdlib.lab import cache
 
+EVERY = 15.0  # seconds between two lines of a training that goes on
 Loss = Callable[[nn.Module, Any, Any, float], Tensor]  # of model, output, batch, share of updates
 
 
@@ -82,7 +83,7 @@ def fit(
     }
     per_epoch = math.ceil(len(data.lengths) / settings.batch_size)
     losses: list[float] = []
-    batches, shuffled = [], None
+    batches, shuffled, told = [], None, time.perf_counter()
     wrapped.train()
     while state["step"] < settings.steps:
         start = time.perf_counter()
@@ -106,6 +107,12 @@ def fit(
         losses.append(value.item())
         state["step"] += 1
         state["seconds"] += time.perf_counter() - start
+        if time.perf_counter() - told > EVERY:
+            told = time.perf_counter()
+            left = state["seconds"] / state["step"] * (settings.steps - state["step"])
+            print(
+                f"  {state['step']:,} of {settings.steps:,} updates, {left:.0f} s left", flush=True
+            )
         if state["step"] in evaluate_at:
             row = {
                 "step": state["step"],

@@ -7,6 +7,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
+import pandas as pd
 import papermill as pm
 import pytest
 from typer.testing import CliRunner
@@ -182,6 +183,26 @@ def test_what_was_deleted_or_changed_is_made_again_and_a_damaged_index_is_told(
 
 
 @pytest.mark.notebook
+def test_two_at_a_time_each_with_its_own_times_and_readers_last(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    spends = "from kdlib.lab import cache; cache.spent('training', {0}); "
+    spends += f"open(r'{log}', 'a').write('{{0}}')"
+    sources = {f"0{i}_x": spends.format(i) for i in (1, 2)}
+    small_study(tmp_path, monkeypatch, {"00_reads": f"open(r'{log}', 'a').write('0')"} | sources)
+    path = tmp_path / "notebooks" / "00_reads.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].source = 'results: str = "x"  # what others left'
+    nbformat.write(notebook, path)
+    monkeypatch.setattr(study, "EVERY", 0.01)
+    done = CliRunner().invoke(app, ["study", "-j", "2"])
+    assert done.exit_code == 0 and log.read_text() in ("120", "210")
+    assert re.search(r"01_x\.default +cell +\d/2 +\d+ s +\.\.\.", done.stdout)
+    rows = pd.read_csv(tmp_path / "figures" / "bench" / "study.csv").set_index(["run", "stage"])
+    for i in (1, 2):
+        assert rows.loc[(f"0{i}_x.default", "training"), "seconds"] == i
+
+
+@pytest.mark.notebook
 def test_a_kernel_that_dies_is_told_with_its_cell_and_the_others_run(tmp_path, monkeypatch):
     sources = {"01_dies": "import os; os._exit(9)", "02_good": "x + 1"}
     small_study(tmp_path, monkeypatch, sources)
@@ -199,7 +220,7 @@ def test_quick_leaves_the_figures_alone_and_folders_are_made_absolute(tmp_path, 
     ((_, parameters),) = study.planned([STEM], "default", own).values()
     assert parameters == {"figures": str(tmp_path / "f"), "encoder": str(tmp_path / "bert")}
     ((_, parameters),) = study.planned([STEM], "default", {"encoder": "some/hub-name"}).values()
-    assert parameters == {"encoder": "some/hub-name"}
+    assert parameters == {"encoder": "some/hub-name", "figures": str(study.ROOT / "figures")}
     with pytest.raises(ValueError, match=r"--profile: expected one that .*, got 'full'"):
         study.planned(["00_start_here"], "full", {})
 
