@@ -111,6 +111,6 @@ CORPUS = Dataset("tiny", list(SENTENCES), list(SENTENCES[:8]), list(SENTENCES[:8
 def tiny_study(folder, labelled=6, transfer=8, **more):
     """A study of the tiny corpus with a BiLSTM no wider than the tiny encoder's table."""
     students = STUDENTS | {"bilstm": Lstm(embedding=8, hidden=6)}
-    settings = {"quiz": 2, "students": students} | more
-    parts = shuffled(CORPUS, labelled, transfer)
-    return Study(parts, Fitted(updates=5, batch=4), Budget(updates=5, batch=4), folder, **settings)
+    settings = {"quiz": 2, "students": students, "teacher": Fitted(updates=5, batch=4)} | more
+    parts, budget = shuffled(CORPUS, labelled, transfer), Budget(updates=5, batch=4)
+    return Study(parts, budget=budget, encoder=folder, **settings)

@@ -30,7 +30,7 @@ class Experiment:
     chooses nothing; every seed has a teacher of its own.
 
     methods: names, or {"name", "of", knobs}: a method with other knobs under a name of its own.
-    quiz: labelled sentences that examine MSD.
+    quiz: labelled sentences that examine MSD; `unseen`, its teacher learns without them too.
     """
 
     corpus: str
@@ -46,6 +46,7 @@ class Experiment:
     batch: int = 16
     general: int = 0
     quiz: int = 0
+    unseen: bool = False
 
     @property
     def wanted(self) -> list[Method]:
@@ -60,7 +61,7 @@ class Experiment:
     @property
     def teacher(self) -> Fitted:
         """Its teacher, trained on the students' own labels."""
-        return Fitted(self.teacher_updates)
+        return Fitted(self.teacher_updates, unseen=self.quiz if self.unseen else 0)
 
     def budget(self, updates: int) -> Budget:
         """How long a student learns."""
@@ -111,8 +112,13 @@ def recorded(experiment: Experiment) -> list[tuple[Record, int]]:
 
 
 def key(declared: dict) -> str:
-    """What was declared as one text, the same for tuples and the lists that JSON makes of them."""
-    return json.dumps(declared, sort_keys=True)
+    """What was declared as one text, the same for tuples and the lists that JSON makes of them, and
+    for a record from before `Fitted` or `Budget` had a field, which then has its default."""
+    told = dict(declared)
+    for name, kind in (("teacher", Fitted), ("budget", Budget)):
+        if told.get(name):
+            told[name] = asdict(kind(**told[name]))
+    return json.dumps(told, sort_keys=True)
 
 
 def table(experiment: Experiment) -> pd.DataFrame:

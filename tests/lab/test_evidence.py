@@ -3,12 +3,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import CORPUS
+from conftest import CORPUS, tiny_study
 
 from kdlib.lab import evidence, records, scores
 from kdlib.lab.evidence import Experiment
 from kdlib.lab.records import Record
-from kdlib.lab.study import Study
+from kdlib.lab.study import Fitted, Study
 from kdlib.students import STUDENTS, Lstm
 from kdlib.text.tags import Span
 
@@ -125,3 +125,17 @@ def test_the_gap_closed_runs_from_alone_to_the_ceiling():
     closed = evidence.gap_closed(rows).set_index("method")["closed"]
     assert closed.to_dict() == {"student alone": 0, "gold on transfer": 100, "posterior": 75}
     assert evidence.gap_closed(rows[:1]).empty
+
+
+def test_a_record_from_before_a_field_was_there_is_found():
+    told = OWN.declared(OWN.wanted[-1], "bilstm", 2, 0)
+    older = told | {"teacher": {k: v for k, v in told["teacher"].items() if k != "unseen"}}
+    assert evidence.key(older) == evidence.key(told)
+    assert evidence.key(told | {"seed": 1}) != evidence.key(told)
+
+
+def test_a_teacher_may_do_without_the_quiz(tiny_folder):
+    study = tiny_study(tiny_folder, teacher=Fitted(updates=2, unseen=2))
+    assert len(study.lessons_of_teacher(0).rows.lengths) == len(study.parts.labelled) - 2
+    own = Experiment("tiny", ["msd"], [2], labelled=6, quiz=2, unseen=True)
+    assert own.teacher.unseen == 2 and own.declared(own.wanted[0], "bilstm", 2, 0)["quiz"] == 2
