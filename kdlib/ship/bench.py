@@ -21,6 +21,7 @@ from kdlib.text.tags import Sentence
 from kdlib.twin_tower import TwinTower
 
 BATCHES, THREADS = (1, 32), (1, 2)
+RUNTIMES = {"onnxruntime": False, "onnxruntime int8": True}
 FRESH = """
 {load}
 model({text!r})
@@ -30,12 +31,12 @@ print(next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) 
 IN_TORCH = """
 from kdlib.models import Tagger
 from kdlib.text.tags import Sentence
-tagger = Tagger.from_pretrained({folder!r})
+tagger = Tagger.from_pretrained('{folder}/torch')
 model = lambda text: tagger.predict([Sentence(tuple(text.split()))])
 """
 IN_ONNX = """
 from kdlib.ship import runtime
-model = runtime.load({folder!r}, int8={int8}).predict_entities
+model = runtime.load('{folder}', int8={int8}).predict_entities
 """
 
 
@@ -46,52 +47,42 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
     first answer, on one thread."""
     texts = bench.sentences()
     study = Study(corpora.shuffled(corpora.load("demo"), 100, 100), Fitted())
-    teacher, student = study.new_teacher().eval(), study.new_student("bilstm", 0).eval()
-    twin = TwinTower(pretrained.load().tokenizer).eval()
-    peers = {
+    taggers = {"MiniLM-CRF, the teacher": study.new_teacher().eval()}
+    for name, kind in (("thin Transformer-CRF", "thin"), ("BiLSTM-CRF", "bilstm")):
+        taggers[name] = study.new_student(kind, 0).eval()
+    shapes = {"gliner_small's shape": (True, "markerV0"), "MiniLM": (False, "token_level")}
+    asked = {
         f"GLiNER, {name}|{run}": model
-        for name, small, mode in (
-            ("gliner_small's shape", True, "markerV0"),
-            ("MiniLM", False, "token_level"),
-        )
-        for run, model in bench.runtimes(bench.untrained_gliner(small, mode)).items()
+        for name, shape in shapes.items()
+        for run, model in bench.runtimes(bench.untrained_gliner(*shape)).items()
     }
+    asked["twin tower|torch"] = TwinTower(pretrained.load().tokenizer).eval()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for name, model in (("teacher", teacher), ("student", student)):
-            model.save_pretrained(folder / name)
-        export(student, folder / "shipped", {})
+        folders = {name: Path(scratch) / str(i) for i, name in enumerate(taggers)}
+        for name, tagger in taggers.items():
+            export(tagger, folders[name], {})
+            tagger.save_pretrained(folders[name] / "torch")
         tables = []
         for threads in THREADS:
             torch.set_num_threads(threads)
-            ships = {
-                int8: runtime.load(folder / "shipped", int8, threads) for int8 in (False, True)
-            }
             models: dict[str, Callable[[list[str]], object]] = {
                 name: lambda part, m=m: m.inference(part, list(bench.LABELS), batch_size=len(part))
-                for name, m in (peers | {"twin tower|torch": twin}).items()
+                for name, m in asked.items()
             }
-            models |= {
-                "MiniLM-CRF, the teacher|torch": lambda part: teacher.predict(_words(part)),
-                "BiLSTM-CRF|torch": lambda part: student.predict(_words(part)),
-                "BiLSTM-CRF|onnxruntime": ships[False].inference,
-                "BiLSTM-CRF|onnxruntime int8": ships[True].inference,
-            }
+            for name, tagger in taggers.items():
+                models[f"{name}|torch"] = lambda part, m=tagger: m.predict(_words(part))
+                for run, int8 in RUNTIMES.items():
+                    models[f"{name}|{run}"] = runtime.load(folders[name], int8, threads).inference
             tables += [_timed(models, texts, batch, threads, seconds) for batch in BATCHES]
         table = pd.concat(tables, ignore_index=True)
-        fresh = {
-            "MiniLM-CRF, the teacher|torch": (IN_TORCH, folder / "teacher", False),
-            "BiLSTM-CRF|torch": (IN_TORCH, folder / "student", False),
-            "BiLSTM-CRF|onnxruntime": (IN_ONNX, folder / "shipped", False),
-            "BiLSTM-CRF|onnxruntime int8": (IN_ONNX, folder / "shipped", True),
-        }
-        for name, (load, where, int8) in fresh.items():
-            model, run = name.split("|")
-            rows = (table["model"] == model) & (table["runtime"] == run)
-            milliseconds, megabytes = _fresh(load.format(folder=str(where), int8=int8), texts[0])
-            table.loc[rows, ["load_ms", "resident_mb"]] = round(milliseconds), round(megabytes)
-            file = "onnx/model_int8.onnx" if int8 else "model.safetensors"
-            table.loc[rows, "disk_mb"] = round((where / file).stat().st_size / 1e6, 1)
+        for name, folder in folders.items():
+            for run, int8 in {"torch": False, **RUNTIMES}.items():
+                load = (IN_TORCH if run == "torch" else IN_ONNX).format(folder=folder, int8=int8)
+                file = "onnx/model_int8.onnx" if int8 else "model.safetensors"
+                of = _fresh(load, texts[0]) + ((folder / file).stat().st_size / 1e6,)
+                rows = (table["model"] == name) & (table["runtime"] == run)
+                for column, value in zip(("load_ms", "resident_mb", "disk_mb"), of, strict=True):
+                    table.loc[rows, column] = round(value, 1)
     print(table.to_string(index=False))
     return table
 

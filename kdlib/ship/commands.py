@@ -21,6 +21,9 @@ def distil(
     text: Annotated[str | None, typer.Option(help=TEXT)] = None,
     labels: Annotated[str, typer.Option(help='What to ask a GLiNER for: "drug,disease".')] = "",
     gold: Annotated[str | None, typer.Option(help=GOLD)] = None,
+    student: Annotated[
+        str, typer.Option(help="bilstm, or thin: a Transformer of three narrow layers.")
+    ] = "bilstm",
     minutes: Annotated[float, typer.Option(help="Of training, after the teacher has read.")] = 10.0,
     at_least: Annotated[
         tuple[float, float],
@@ -43,7 +46,9 @@ def distil(
 
     asked = [label.strip() for label in labels.split(",") if label.strip()]
     try:
-        card = run(teacher, out, text, asked, gold, minutes, Gate(*at_least), encoder, typer.echo)
+        card = run(
+            teacher, out, text, asked, gold, student, minutes, Gate(*at_least), encoder, typer.echo
+        )
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     raise typer.Exit(0 if card["passed"] else 1)

@@ -15,7 +15,7 @@ from kdlib.methods import METHODS, Method
 from kdlib.models import Tagger
 from kdlib.ship import cards, runtime
 from kdlib.ship.export import export
-from kdlib.students import STUDENTS, Lstm
+from kdlib.students import Lstm, Student, Thin
 from kdlib.teachers import gliner
 from kdlib.teachers.gliner import Told
 from kdlib.teachers.tagger import from_hugging_face
@@ -48,6 +48,9 @@ class Kept(Lstm):
     keeps = True
 
 
+KINDS: dict[str, Student] = {"bilstm": Kept(), "thin": Thin()}
+
+
 class Teacher(NamedTuple):
     """types: what it can find. of: what a Study of some parts takes. speaks: its entities of one
     text, for its speed; None for labels alone. labelled: what it has said already."""
@@ -64,23 +67,27 @@ def distil(
     text: str | Path | None = None,
     labels: Sequence[str] = (),
     gold: str | Path | None = None,
+    student: str = "bilstm",
     minutes: float = 10.0,
     gate: Gate = Gate(),
     encoder: str = "minilm",
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train a BiLSTM tagger on what the teacher says of your text, write it to `out`, and return
+    """Train a small tagger on what the teacher says of your text, write it to `out`, and return
     its card; one that fails the gate goes to `out`.rejected instead, "passed" False.
 
     teacher: a GLiNER, a Hugging Face token classifier or a kdlib tagger, by folder or hub name; or
     a file of sentences that anything has labelled: it has no probabilities, so they are learnt as
     they are. text: a file of lines, a folder of .txt files, or what `readers.read` knows. labels:
     what to ask a GLiNER for. gold: labelled sentences, two thirds to learn from, a third to be
-    tested on. minutes: of training, on this machine; reading by the teacher comes before.
+    tested on. student: 'bilstm', or 'thin', a Transformer of three narrow layers. minutes: of
+    training, on this machine; reading by the teacher comes before.
 
     Started again after a stop it goes on where it was. ValueError, before anything is trained, for
     too little text, labels that the teacher lacks, gold of other types.
     """
+    if student not in KINDS:
+        raise ValueError(f"student: expected one of {list(KINDS)}, got {student!r}")
     if not 0 < minutes <= 24 * 60:
         raise ValueError(f"minutes: expected more than 0 and at most a day, got {minutes}")
     own = teacher_of(teacher, labels)
@@ -101,16 +108,16 @@ def distil(
     say(f"{teacher}: {len(own.types)} types, {', '.join(own.types[:8])}; {how}")
     say(f"{cut:,} pieces of text to learn from, {len(pieces) - cut:,} held out")
     say(f"{len(learnt):,} gold sentences to learn from, {len(tested):,} to be tested on")
-    study = Study(parts, own.of(parts), Budget(), encoder, students=STUDENTS | {"bilstm": Kept()})
+    study = Study(parts, own.of(parts), Budget(), encoder, students=KINDS)
     of_gold = None
     if not own.labelled:  # of held-out text, what the teacher says is the reference
         said = iter(targets.entities(study.taught(0)[0], [*dev, *test, *tested]))
         dev, test = ([Sentence(s.tokens, next(said)) for s in part] for part in (dev, test))
         of_gold = list(said)
         study = replace(study, parts=replace(parts, dev=dev, test=test))
-    study = study.with_budget(_budget(study, method, minutes))
+    study = study.with_budget(_budget(study, method, student, minutes))
     say(f"{study.budget.updates:,} updates of {study.budget.batch}, about {minutes:g} minutes")
-    tagger, _ = study.trained(method, "bilstm", 0)
+    tagger, _ = study.trained(method, student, 0)
     with tempfile.TemporaryDirectory() as scratch:
         thresholds = choose_thresholds(tagger, dev, Path(scratch) / "student")
         export(tagger, Path(scratch) / "chosen", thresholds)
@@ -238,14 +245,14 @@ def teacher_of(name: str, labels: Sequence[str] = ()) -> Teacher:
 # ---- training ----
 
 
-def _budget(study: Study, method: Method, minutes: float) -> Budget:
+def _budget(study: Study, method: Method, student: str, minutes: float) -> Budget:
     """As many updates as fit, measured on a few; remembered, so that a run that was stopped goes on
     with the same number."""
     parts = study.parts
-    key = cache.digest("plan", [s.tokens for s in parts.text], method.content(), minutes)
+    key = cache.digest("plan", [s.tokens for s in parts.text], method.content(), student, minutes)
 
     def make() -> dict[str, int]:
-        own, few = study.lessons(method, "bilstm", 0), 20
+        own, few = study.lessons(method, student, 0), 20
         settings = replace(own.settings, steps=few, evaluations=1)
         seconds = train.fit(own.model, own.rows, own.loss, settings)[-1]["seconds"] / few
         most = PASSES * len(own.rows.lengths) // settings.batch_size

@@ -183,15 +183,20 @@ class Student:
         else:
             encoded = self._tokenizer.encode_batch(own, **how)
         before, after = self._around
-        rows, firsts = [], []
+        rows: list[list[int]] = []
+        firsts: list[list[tuple[int, int]]] = []  # per word: row and place of its first piece
         for words, pieces in zip(own, encoded, strict=True):
             of: list[list[int]] = [[] for _ in words]
             for piece, word in zip(pieces.ids, pieces.word_ids, strict=True):
                 of[word].append(piece)
             row, first = list(before), []
-            for own_pieces in of:
-                first.append(len(row))
-                row += own_pieces or [self._unknown]
+            for some in of:
+                some = (some or [self._unknown])[: self._most]
+                if len(row) - len(before) + len(some) > self._most:
+                    rows.append([*row, *after])
+                    row = list(before)
+                first.append((len(rows), len(row)))
+                row += some
             rows.append([*row, *after])
             firsts.append(first)
         lengths = np.array([len(row) for row in rows], dtype=np.int32)
@@ -200,9 +205,9 @@ class Student:
             padded[i, : len(row)] = row
         (scores,) = self._session.run(None, {"pieces": padded, "lengths": lengths})
         counts = np.array([len(first) for first in firsts])
-        out = np.zeros((len(rows), counts.max(), scores.shape[2]))
+        out = np.zeros((len(firsts), counts.max(), scores.shape[2]))
         for i, first in enumerate(firsts):
-            out[i, : len(first)] = scores[i, first]
+            out[i, : len(first)] = scores[tuple(zip(*first, strict=True))]
         return out, counts
 
     def _entities(

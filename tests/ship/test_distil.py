@@ -10,6 +10,7 @@ from kdlib.__main__ import app
 from kdlib.lab import train
 from kdlib.ship import distil, runtime
 from kdlib.ship.distil import Gate, Kept, pieces_of, teacher_of
+from kdlib.students import Thin
 from kdlib.teachers import gliner
 from kdlib.text.readers import write_json_lines
 from kdlib.text.tags import Sentence, Span
@@ -20,7 +21,8 @@ ANY = Gate(agreement=0, recall=0)
 @pytest.fixture
 def small(monkeypatch):
     """A student no wider than the tiny encoder's table, and no time for the clock."""
-    monkeypatch.setattr(distil, "Kept", partial(Kept, embedding=8, hidden=6))
+    kinds = {"bilstm": Kept(embedding=8, hidden=6), "thin": Thin(2e-3, 2, 8, 12, 6)}
+    monkeypatch.setattr(distil, "KINDS", kinds)
 
     def in_turns(calls, inputs, seconds):
         for call in calls.values():
@@ -123,7 +125,7 @@ def test_a_gliner_and_a_hugging_face_classifier_teach_too(own, tiny_folder, long
     )
     BertForTokenClassification(config).save_pretrained(folder / "bert")
     BertTokenizerFast.from_pretrained(tiny_folder).save_pretrained(folder / "bert")
-    card = distil.distil(str(folder / "bert"), folder / "b", **named)
+    card = distil.distil(str(folder / "bert"), folder / "b", student="thin", **named)
     assert card["types"] == ["DOG"] and runtime.load(folder / "b").labels == ["DOG"]
 
 
@@ -173,6 +175,8 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(own, monkeypatch):
     write_json_lines(folder / "gold.jsonl", other)
     with pytest.raises(ValueError, match=r"expected the teacher's types \['LOC', 'PER'\], got"):
         run(gold=folder / "gold.jsonl")
+    with pytest.raises(ValueError, match=r"student: expected one of \['bilstm', 'thin'\]"):
+        run(student="huge")
     with pytest.raises(ValueError, match="minutes: expected more than 0"):
         run(minutes=0)
     with pytest.raises(ValueError, match=r"labels: expected none, or the teacher's own"):

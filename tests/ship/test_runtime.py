@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES, tagger
+from transformers import DistilBertConfig, DistilBertModel
 from typer.testing import CliRunner
 
 from kdlib.__main__ import app
 from kdlib.crf import LinearChainCRF, legal_iob2
+from kdlib.models import Transformer
 from kdlib.ship import runtime
 from kdlib.ship.export import crf_of, export
 from kdlib.students import encoders
-from kdlib.text.tags import iob2_labels
+from kdlib.text.tags import Sentence, iob2_labels
 
 TEXTS = [" ".join(s.tokens) for s in SENTENCES[:4]]
 
@@ -54,6 +56,25 @@ def test_fp32_gives_what_torch_gives_alone_and_in_a_batch(made):
         for s, spans in zip(SENTENCES, model.predict(SENTENCES[:4]), strict=False)
     ]
     assert found == by_torch and any(found)
+
+
+@pytest.mark.parametrize("kind", ["bert", "thin", "thin, factorised"])
+def test_a_bert_gives_what_torch_gives_in_windows_of_its_own_too(tiny, tmp_path, kind):
+    torch.manual_seed(0)
+    embedding = 6 if "factorised" in kind else 0
+    encoder = None if kind == "bert" else encoders.thin(tiny.encoder, 2, 8, 12, embedding)
+    model = tagger(tiny, encoder=encoder).eval()
+    export(model, tmp_path / "s", {})
+    student = runtime.load(tmp_path / "s", int8=False)
+    words = ("anna", "lives", "in", "paris") * 5  # more pieces than its 24 places
+    texts = [*TEXTS, " ".join(words)]
+    windows = [
+        runtime.Window(i, w) for i, t in enumerate(texts) for w in runtime.calls.windows(t, 99)
+    ]
+    together, lengths = student.emissions(texts, windows, range(5))
+    for i, sentence in enumerate([*SENTENCES[:4], Sentence(words)]):
+        (expected,) = model.emissions(model.encode([sentence]))
+        np.testing.assert_allclose(together[i, : lengths[i]], expected, atol=2e-5)
 
 
 def test_int8_is_near_and_a_quarter_as_large(made):
@@ -173,8 +194,9 @@ def test_export_replaces_an_earlier_one_and_refuses_what_it_cannot_write(made, t
     assert runtime.load(tmp_path / "s").thresholds == {"LOC": 0.0, "PER": 0.0}
     with pytest.raises(ValueError, match=r"thresholds: expected labels among"):
         export(model, tmp_path / "s", {"dog": 0.5})
+    distil = DistilBertModel(DistilBertConfig(vocab_size=70, dim=16, n_layers=1, n_heads=2))
     with pytest.raises(ValueError, match="expected a BiLSTM .*, got Transformer"):
-        export(tagger(tiny), tmp_path / "t", {})
+        export(tagger(tiny, encoder=Transformer(distil)), tmp_path / "t", {})
     assert not (tmp_path / "t").exists()
 
 
