@@ -79,7 +79,7 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
             for run, int8 in {"torch": False, **RUNTIMES}.items():
                 load = (IN_TORCH if run == "torch" else IN_ONNX).format(folder=folder, int8=int8)
                 file = "onnx/model_int8.onnx" if int8 else "model.safetensors"
-                of = _fresh(load, texts[0]) + ((folder / file).stat().st_size / 1e6,)
+                of = (*_fresh(load, texts[0]), (folder / file).stat().st_size / 1e6)
                 rows = (table["model"] == name) & (table["runtime"] == run)
                 for column, value in zip(("load_ms", "resident_mb", "disk_mb"), of, strict=True):
                     table.loc[rows, column] = round(value, 1)
