@@ -296,7 +296,7 @@ class Tagger(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "Tagger":
         """Read back what `save_pretrained` wrote; FileNotFoundError if it is not there, ValueError
         if its files are damaged, or say it is larger than its weights are."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not (folder / "tagger.json").is_file():
             raise FileNotFoundError(
                 f"{folder}: expected a folder written by Tagger.save_pretrained, with a tagger.json"

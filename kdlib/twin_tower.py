@@ -354,7 +354,7 @@ class TwinTower(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> "TwinTower":
         """Read back what `save_pretrained` wrote; FileNotFoundError if it is not there, ValueError
         if its files are damaged."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(
                 f"{folder}: expected a folder written by TwinTower.save_pretrained, with a {CONFIG}"

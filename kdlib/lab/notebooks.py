@@ -97,7 +97,13 @@ def _beating(name: str, total: int) -> Iterator[None]:
 
 def study() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """notebooks/study.yaml: notebook -> profile -> list of parameter sets."""
-    rows = yaml.safe_load((ROOT / "notebooks" / "study.yaml").read_text(encoding="utf8"))
+    file = ROOT / "notebooks" / "study.yaml"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file}: the notebooks come with a checkout, not with an installed package: clone the "
+            "repository, then `pip install -e .` in it"
+        )
+    rows = yaml.safe_load(file.read_text(encoding="utf8"))
     return {
         stem: {
             name: sets if isinstance(sets, list) else [sets or {}]
@@ -227,17 +233,18 @@ def planned(
 
 
 def _absolute(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with folders of the user's own by their whole path: notebooks run in theirs.
+    """The parameters with files and folders of the user's own by their whole path: notebooks run in
+    a folder of theirs.
 
     A data set is a folder where it is no known name, an encoder or teacher where there is one.
     """
     found = dict(parameters)
-    for name in {"dataset", "unseen", "encoder", "teacher", "figures"} & parameters.keys():
-        value = parameters[name]
-        folder = Path(value).expanduser()
-        data = name in ("dataset", "unseen") and value not in (*NAMES, "")
-        if data or name == "figures" or (name in ("encoder", "teacher") and folder.is_dir()):
-            found[name] = str(folder.absolute())
+    for name, value in parameters.items():
+        path = Path(str(value)).expanduser()
+        data = name in ("dataset", "unseen") and value not in NAMES
+        there = name in ("encoder", "teacher") and path.exists()
+        if value and (data or there or name in ("figures", "results", "text", "gold", "out")):
+            found[name] = str(path.absolute())
     return found
 
 
@@ -318,8 +325,10 @@ def _spent(name: str) -> list[tuple[str, float]]:
     """What `cache.spent` has noted of a run so far: stages and seconds."""
     log = cache.folder() / "spent.csv"
     lines = log.read_text(encoding="utf8").splitlines() if log.exists() else []
-    rows = (line.split(",") for line in lines)
-    return [(stage, float(seconds)) for run, stage, seconds in rows if run == name]
+    of_run = (
+        line.removeprefix(f"{name},").split(",") for line in lines if line.startswith(f"{name},")
+    )
+    return [(stage, float(seconds)) for stage, seconds in of_run]
 
 
 def _stages(wall: float, noted: Iterable[tuple[str, float]]) -> dict[str, float]:

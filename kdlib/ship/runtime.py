@@ -87,7 +87,7 @@ class Student:
     Hugging Face's. `labels` are all it can find."""
 
     def __init__(self, folder: str | Path, int8: bool = True, threads: int = 1) -> None:
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         config = _config(folder)
         self.labels: list[str] = config["labels"]
         self.thresholds: dict[str, float] = config["thresholds"]

@@ -39,6 +39,7 @@ def load(name: str = "minilm") -> Backbone:
     Weights come from safetensors alone; no code from a repository is ever run. OSError, naming the
     alternatives, if it cannot be had.
     """
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     source = str(minilm()) if name == "minilm" else name
     if name != "minilm" and not Path(name).is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(

@@ -83,6 +83,7 @@ class Answer:
 def load(name: str) -> GLiNER:
     """A GLiNER from a folder or the hub, such as 'urchade/gliner_small-v2.1'; OSError, naming what
     would work, if it cannot be had."""
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     if not Path(name).is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"no GLiNER at {name!r}: expected a folder with gliner_config.json, or a hub name"

@@ -64,6 +64,7 @@ def from_hugging_face(name: str, types: Sequence[str]) -> Tagger:
     ValueError unless its labels are IOB2 and just those; OSError if it cannot be had. Weights come
     from safetensors alone, and no code of a repository is run.
     """
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     if not Path(name).is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"no token classifier at {name!r}: expected a folder or a hub name")
     safe = {"trust_remote_code": False}

@@ -43,7 +43,7 @@ def read(
     `clean` is applied to each word of a CoNLL file (some sets number or prefix their words).
     DataError for a bad file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix == ".jsonl":
         found = _read_json_lines(path, types)
     elif path.suffix == ".json":

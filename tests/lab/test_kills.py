@@ -1,12 +1,17 @@
 """What a kill at any moment leaves behind: nothing half-made, and the same numbers in the end."""
 
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from kdlib.text.files import ROOT
 
 METHODS = "student alone|pseudo-labels|top-k|posterior|structural|msd"
 SCRIPT = f"""
@@ -52,3 +57,33 @@ def test_two_processes_on_one_cache_say_the_same(tiny_folder, tmp_path):
     both = [started(tiny_folder, tmp_path / "both") for _ in range(2)]
     said = [process.stdout.read() for process in both]
     assert said[0] == said[1] != ""
+
+
+@pytest.mark.long
+@pytest.mark.notebook
+def test_a_quick_study_killed_three_times_leaves_the_same_tables(tmp_path):
+    rng, command = random.Random(1), [sys.executable, "-m", "kdlib", "study", "04"]
+    command += ["--profile", "quick", "--force", "--set"]
+
+    def begun(name):
+        environment = os.environ | {"KDLIB_CACHE": str(tmp_path / f"{name} cache")}
+        figures = f"figures={tmp_path / name}"
+        how = {"cwd": ROOT, "env": environment, "start_new_session": True}
+        return subprocess.Popen([*command, figures], stdout=subprocess.DEVNULL, **how)
+
+    start = time.perf_counter()
+    assert begun("whole").wait() == 0
+    seconds = time.perf_counter() - start
+    for _ in range(3):
+        process = begun("killed")
+        time.sleep(rng.uniform(seconds / 4, 3 * seconds / 4))
+        os.killpg(process.pid, signal.SIGKILL)  # its kernel too
+        process.wait()
+    assert begun("killed").wait() == 0
+    whole, killed = (
+        {f.name: f.read_text() for f in sorted((tmp_path / name).glob("*/04_*.csv"))}
+        for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys() and len(whole) > 3
+    timed = re.compile(r"table|bench")  # holds seconds
+    assert all(whole[name] == killed[name] for name in whole if not timed.search(name))

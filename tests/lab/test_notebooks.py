@@ -221,8 +221,35 @@ def test_quick_leaves_the_figures_alone_and_folders_are_made_absolute(tmp_path, 
     assert parameters == {"figures": str(tmp_path / "f"), "encoder": str(tmp_path / "bert")}
     ((_, parameters),) = study.planned([STEM], "default", {"encoder": "some/hub-name"}).values()
     assert parameters == {"encoder": "some/hub-name", "figures": str(study.ROOT / "figures")}
+    given = {"text": "t.txt", "out": "o", "gold": ""}
+    ((_, parameters),) = study.planned(["06_distil_your_own"], "default", given).values()
+    assert parameters == {"text": str(tmp_path / "t.txt"), "out": str(tmp_path / "o"), "gold": ""}
     with pytest.raises(ValueError, match=r"--profile: expected one that .*, got 'full'"):
         study.planned(["00_start_here"], "full", {})
+
+
+def test_a_run_depends_on_its_local_models_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = study.key(STEM, {"encoder": str(tmp_path)})
+    assert study.key(STEM, {"encoder": str(tmp_path)}) == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert study.key(STEM, {"encoder": str(tmp_path)}) != before
+
+
+def test_ctrl_c_is_one_line(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "command", interrupted)
+    done = CliRunner().invoke(app, ["study"])
+    assert done.exit_code == 130
+    assert done.stderr == "stopped; the same command goes on from here\n"
+
+
+def test_outside_a_checkout_it_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    done = CliRunner().invoke(app, ["study"], env={"COLUMNS": "300"})
+    assert done.exit_code == 2 and "come with a checkout" in done.stderr
 
 
 @pytest.mark.notebook
