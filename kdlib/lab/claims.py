@@ -20,8 +20,8 @@ COLUMNS += ["seeds_high", "seeds", "verdict", "named", "bears", "holds"]
 
 
 def checked(root: Path = ROOT) -> pd.DataFrame:
-    """One row a claim: claim, says, table, figure, difference, both intervals, seeds, verdict,
-    named (whether its contrast was named beforehand; else it is exploratory), bears, holds.
+    """One row a claim: claim, says, table, figure if it is drawn, difference, both intervals, seeds,
+    verdict, named (its contrast was named beforehand; else it is exploratory), bears, holds.
 
     ValueError for a claim whose row is not there, or is not one.
     """
@@ -38,7 +38,8 @@ def _checked(name: str, claim: dict[str, Any], figures: Path) -> dict[str, Any]:
         raise ValueError(f"claim {name}: expected one row of {claim['table']}, got {len(table)}")
     row = table.iloc[0]
     found = {"claim": name, "says": claim["says"], "table": claim["table"]}
-    found["figure"] = claim["table"].replace(".csv", ".svg")
+    drawn = claim["table"].replace(".csv", ".svg")
+    found["figure"] = drawn if (figures / drawn).exists() else ""
     intervals = ["difference", "low", "high", "seeds_low", "seeds_high"]
     found |= {column: round(float(row[column]), 2) for column in intervals}
     bears = borne(row)
@@ -74,7 +75,7 @@ def fill(text: str, claims: pd.DataFrame) -> str:
 
     def numbers(found: re.Match) -> str:
         row = of.loc[found[1]]
-        told = f"{row['difference']:+.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        told = f"{row['difference']:+.2f} [{row['low']:.2f}, {row['high']:.2f}] ({row['verdict']})"
         return f"<!-- claim {found[1]} -->{told}<!-- -->"
 
     return re.sub(r"<!-- claim (\w+) -->.*?<!-- -->", numbers, text)

@@ -37,7 +37,9 @@ def made(folder, claimed="more", **row):
 def test_a_claim_that_its_table_does_not_bear_is_told(tmp_path):
     (row,) = made(tmp_path).to_dict("records")
     assert (row["verdict"], row["named"], row["holds"], row["seeds"]) == ("shown", True, True, 3)
-    assert pd.read_csv(tmp_path / "figures/claims.csv").loc[0, "figure"] == "x/t.svg"
+    assert row["figure"] == ""
+    (tmp_path / "figures/x/t.svg").touch()
+    assert made(tmp_path).loc[0, "figure"] == "x/t.svg"
     assert not made(tmp_path, "equal").loc[0, "holds"]
     with pytest.raises(ValueError, match=r"claim c: expected one row of x/t.csv, got 0"):
         made(tmp_path, method="other")
@@ -46,7 +48,7 @@ def test_a_claim_that_its_table_does_not_bear_is_told(tmp_path):
 def test_numbers_in_a_text_come_from_the_claim(tmp_path):
     text = "by <!-- claim c -->9.99 [8, 7]<!-- --> points"
     assert claims.fill(text, made(tmp_path)) == (
-        "by <!-- claim c -->+2.00 [1.00, 3.00]<!-- --> points"
+        "by <!-- claim c -->+2.00 [1.00, 3.00] (shown)<!-- --> points"
     )
     with pytest.raises(KeyError, match="unknown"):
         claims.fill("<!-- claim unknown --><!-- -->", made(tmp_path))

@@ -319,6 +319,13 @@ def test_the_gallery_is_made_of_what_lies_in_figures():
             assert (index.parent / f"{stem}.svg").exists() is entry["figure"]
 
 
+@pytest.mark.parametrize("page", ["README.md", "data/README.md", "figures/README.md"])
+def test_no_link_of_a_page_is_broken(page):
+    file = study.ROOT / page
+    links = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", file.read_text(encoding="utf8"))
+    assert [link for link in links if not (file.parent / link).exists()] == []
+
+
 def test_the_readmes_python_runs(capsys):
     readme = (study.ROOT / "README.md").read_text(encoding="utf8")
     for snippet in re.findall(r"^```python\n(.*?)^```", readme, re.S | re.M):
