@@ -20,7 +20,7 @@ COLUMNS += ["seeds_high", "seeds", "verdict", "named", "bears", "holds"]
 
 
 def checked(root: Path = ROOT) -> pd.DataFrame:
-    """One row a claim: claim, says, table, figure if it is drawn, difference, both intervals, seeds,
+    """One row a claim: claim, says, table, figure if drawn, difference, both intervals, seeds,
     verdict, named (its contrast was named beforehand; else it is exploratory), bears, holds.
 
     ValueError for a claim whose row is not there, or is not one.

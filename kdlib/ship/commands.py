@@ -8,8 +8,9 @@ import typer
 
 from kdlib.lab.commands import app
 
-TEACHER = "A GLiNER, a Hugging Face token classifier or a kdlib tagger, by folder or hub name; or a"
-TEACHER += " file of labelled sentences (.jsonl, .json, CoNLL), which are learnt as they are."
+TEACHER = "A GLiNER, a Hugging Face token classifier or a kdlib tagger, by folder or hub name; a "
+TEACHER += "spaCy pipeline's folder, or a file of labelled sentences (.jsonl, .json, CoNLL), whose "
+TEACHER += "labels are learnt as they are."
 TEXT = "A file of lines, a folder of .txt files, or a file of sentences; not with a labelled file."
 GOLD = "Labelled sentences: two thirds to learn from, a third to be tested on."
 

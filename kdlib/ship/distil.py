@@ -1,7 +1,7 @@
 """Your teacher, your text: a small tagger that says what the teacher says, and what that costs."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,11 +77,12 @@ def distil(
     its card; one that fails the gate goes to `out`.rejected instead, "passed" False.
 
     teacher: a GLiNER, a Hugging Face token classifier or a kdlib tagger, by folder or hub name; or
-    a file of sentences that anything has labelled: it has no probabilities, so they are learnt as
-    they are. text: a file of lines, a folder of .txt files, or what `readers.read` knows. labels:
-    what to ask a GLiNER for. gold: labelled sentences, two thirds to learn from, a third to be
-    tested on. student: 'bilstm', or 'thin', a Transformer of three narrow layers. minutes: of
-    training, on this machine; reading by the teacher comes before.
+    a spaCy pipeline's folder, or a file of sentences that anything has labelled: these have no
+    probabilities, so their labels are learnt as they are. text: a file of lines, a folder of .txt
+    files, or what `readers.read` knows. labels: what to ask a GLiNER for. gold: labelled sentences,
+    two thirds to learn from, a third to be tested on. student: 'bilstm', or 'thin', a Transformer
+    of three narrow layers. minutes: of training, on this machine; reading by the teacher comes
+    before.
 
     Started again after a stop it goes on where it was. ValueError, before anything is trained, for
     too little text, labels that the teacher lacks, gold of other types.
@@ -90,8 +91,9 @@ def distil(
         raise ValueError(f"student: expected one of {list(KINDS)}, got {student!r}")
     if not 0 < minutes <= 24 * 60:
         raise ValueError(f"minutes: expected more than 0 and at most a day, got {minutes}")
-    own = teacher_of(teacher, labels)
-    pieces = own.labelled or (pieces_of(text) if text else [])
+    read_of = pieces_of(text) if text else []
+    own = teacher_of(teacher, labels, read_of)
+    pieces = own.labelled or read_of
     if len(pieces) < FEWEST:
         raise ValueError(f"text: expected at least {FEWEST} different pieces, got {len(pieces)}")
     learnt, tested = _gold(gold, own.types)
@@ -171,9 +173,7 @@ def _lines(file: Path) -> list[str]:
 def in_words(sentence: Sentence) -> Sentence:
     """A labelled sentence in the words that the student will read: `calls.windows` of its tokens
     with spaces between them, entities over the same characters."""
-    text, places = " ".join(sentence.tokens), [0]
-    for token in sentence.tokens:
-        places.append(places[-1] + len(token) + 1)
+    text, places = " ".join(sentence.tokens), places_of(sentence.tokens)
     words = next(calls.windows(text, len(text) + 1), [])
     begins = {a: i for i, (a, _) in enumerate(words)}
     ends = {b: i + 1 for i, (_, b) in enumerate(words)}
@@ -198,9 +198,9 @@ def _gold(file: str | Path | None, types: Sequence[str]) -> tuple[list[Sentence]
     return [s for i, s in enumerate(found) if i % 3], found[::3]
 
 
-def teacher_of(name: str, labels: Sequence[str] = ()) -> Teacher:
-    """Any teacher by file, folder or hub name; ValueError for labels where a teacher has its own,
-    or none, or too many, where it must be asked for some."""
+def teacher_of(name: str, labels: Sequence[str] = (), text: Sequence[Sentence] = ()) -> Teacher:
+    """Any teacher by file, folder or hub name; a spaCy pipeline reads the text at once. ValueError
+    for labels where a teacher has its own, or none, or too many, where it must be asked."""
     folder = Path(name).expanduser()
     if folder.is_file():
         labelled = [in_words(s) for s in read(folder) if s.spans is not None]
@@ -208,14 +208,13 @@ def teacher_of(name: str, labels: Sequence[str] = ()) -> Teacher:
         if not types:
             raise ValueError(f"{folder}: expected sentences with entities, got none")
         return Teacher(types, lambda parts: Fitted(), None, labelled)
-    if (folder / "gliner_config.json").is_file() or (
-        not folder.is_dir() and "gliner" in name.lower()
-    ):
+    if (folder / "meta.json").is_file() and (folder / "config.cfg").is_file():
+        return _spacy(folder, text)
+    hub_gliner = not folder.is_dir() and "gliner" in name.lower()
+    if (folder / "gliner_config.json").is_file() or hub_gliner:
         asked = sorted(calls.labels_of(list(labels)))
         if not 0 < len(asked) <= CLOSED:
-            raise ValueError(
-                f"labels: expected 1 to {CLOSED} to ask a GLiNER for, got {len(asked)}"
-            )
+            raise ValueError(f"labels: expected 1 to {CLOSED} for a GLiNER, got {len(asked)}")
         model = gliner.load(str(name))
         return Teacher(
             asked,
@@ -240,6 +239,49 @@ def teacher_of(name: str, labels: Sequence[str] = ()) -> Teacher:
         return [{"start": a, "end": b, "label": kind} for a, b, kind in ends]
 
     return Teacher(types, lambda parts: str(name), speaks, [])
+
+
+def _spacy(folder: Path, text: Sequence[Sentence]) -> Teacher:
+    """A spaCy pipeline, which tells entities and no probabilities."""
+    import spacy
+
+    nlp = spacy.load(folder)
+
+    def speaks(text: str) -> list[dict[str, Any]]:
+        ends = [(e.start_char, e.end_char, e.label_) for e in nlp(text).ents]
+        return [{"start": a, "end": b, "label": kind} for a, b, kind in ends]
+
+    labelled = [Sentence(s.tokens, spans_of(s, speaks(" ".join(s.tokens)))) for s in text]
+    types = sorted({x.type for s in labelled for x in s.spans})
+    if not types:
+        raise ValueError(
+            f"{folder}: expected a pipeline that finds entities in this text, got none"
+        )
+    return Teacher(types, lambda parts: Fitted(), speaks, labelled)
+
+
+def spans_of(sentence: Sentence, entities: Iterable[dict[str, Any]]) -> tuple[Span, ...]:
+    """Entities of a sentence's words with spaces between them, in characters, as spans over every
+    word that they touch."""
+    places = places_of(sentence.tokens)
+    spans = []
+    for e in entities:
+        touched = [
+            i
+            for i, a in enumerate(places[:-1])
+            if a < e["end"] and e["start"] < a + len(sentence.tokens[i])
+        ]
+        if touched:
+            spans.append(Span(touched[0], touched[-1] + 1, e["label"]))
+    return tuple(spans)
+
+
+def places_of(tokens: Sequence[str]) -> list[int]:
+    """Where each word begins in the words with spaces between them, and one past the end."""
+    places = [0]
+    for token in tokens:
+        places.append(places[-1] + len(token) + 1)
+    return places
 
 
 # ---- training ----
@@ -287,10 +329,7 @@ def predict(
     out = []
     texts = [" ".join(s.tokens) for s in sentences]
     for s, found in zip(sentences, student.inference(texts, threshold=threshold), strict=True):
-        places = [0]
-        for token in s.tokens:
-            places.append(places[-1] + len(token) + 1)
-        begins = {a: i for i, a in enumerate(places)}
+        begins = {a: i for i, a in enumerate(places_of(s.tokens))}
         own = [
             (Span(begins[e["start"]], begins[e["end"] + 1], e["label"]), e["score"]) for e in found
         ]

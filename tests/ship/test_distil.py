@@ -129,6 +129,28 @@ def test_a_gliner_and_a_hugging_face_classifier_teach_too(own, tiny_folder, long
     assert card["types"] == ["DOG"] and runtime.load(folder / "b").labels == ["DOG"]
 
 
+def test_a_spacy_pipeline_teaches_what_it_says(own, tiny_folder):
+    spacy = pytest.importorskip("spacy")
+    _, folder, _ = own
+    nlp = spacy.blank("en")
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": "CITY", "pattern": "Paris"}])
+    nlp.to_disk(folder / "spacy")
+    card = distil.distil(
+        str(folder / "spacy"),
+        folder / "s",
+        folder / "my.txt",
+        minutes=0.01,
+        gate=ANY,
+        encoder=tiny_folder,
+        say=lambda line: None,
+    )
+    assert card["types"] == ["CITY"] and "pseudo-labels" in card["method"]
+    assert set(card["speed"]) == {"student", "teacher"}
+    sentence = Sentence(("in", "Paris", "."))
+    cut = {"start": 4, "end": 6, "label": "CITY"}  # within a word: it takes the whole of it
+    assert distil.spans_of(sentence, [cut]) == (Span(1, 2, "CITY"),)
+
+
 def test_the_gate_asks_for_recall_where_there_is_enough_to_tell():
     card = {"agreement": 95.0, "recall": {"A": 50.0, "B": 50.0}, "found": {"A": 20, "B": 19}}
     assert distil.failures(card, Gate()) == ["recall of A 50.0, expected 80 or more"]
