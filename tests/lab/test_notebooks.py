@@ -10,6 +10,7 @@ import nbformat
 import pandas as pd
 import papermill as pm
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from kdlib.__main__ import app
@@ -61,6 +62,17 @@ def test_no_code_line_is_longer_than_100_characters(path):
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code":
             assert max(map(len, cell.source.splitlines())) <= 100, cell.source
+
+
+@each
+def test_its_pictures_links_and_claims_are_there(path):
+    known = yaml.safe_load((study.ROOT / "notebooks" / "claims.yaml").read_text(encoding="utf8"))
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "markdown":
+            links = re.findall(r"\]\((?!http)([^)#]+)\)", cell.source)
+            assert [x for x in links if not (path.parent / x).exists()] == []
+            told = re.findall(r"claims\.csv\): ((?:`\w+`(?:, )?)+)", cell.source)
+            assert {name for names in told for name in re.findall(r"\w+", names)} <= known.keys()
 
 
 @pytest.mark.notebook
