@@ -26,6 +26,12 @@ def distil(
         str, typer.Option(help="bilstm, or thin: a Transformer of three narrow layers.")
     ] = "bilstm",
     minutes: Annotated[float, typer.Option(help="Of training, after the teacher has read.")] = 10.0,
+    columns: Annotated[
+        str, typer.Option(help='Of CoNLL files, if not word first, tag last: "tag,word".')
+    ] = "",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out, and name, what cannot be read.")
+    ] = False,
     at_least: Annotated[
         tuple[float, float],
         typer.Option(help="Agreement F1 and recall of each type with the teacher, in percent."),
@@ -47,9 +53,10 @@ def distil(
 
     asked = [label.strip() for label in labels.split(",") if label.strip()]
     try:
-        card = run(
-            teacher, out, text, asked, gold, student, minutes, Gate(*at_least), encoder, typer.echo
-        )
+        given = teacher, out, text, asked, gold, student, minutes
+        how = {"columns": [c for c in columns.split(",") if c], "skip_bad": skip_bad}
+        how |= {"gate": Gate(*at_least), "encoder": encoder, "say": typer.echo}
+        card = run(*given, **how)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
     raise typer.Exit(0 if card["passed"] else 1)

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from kdlib.teachers.gliner import Told
 from kdlib.teachers.tagger import from_hugging_face
 from kdlib.text import calls
 from kdlib.text.corpora import CLOSED, Parts
-from kdlib.text.readers import read
+from kdlib.text.readers import DataError, read
 from kdlib.text.tags import Sentence, Span, split_tag
 
 LONGEST = 80  # words of a piece of text that is learnt from
@@ -48,6 +49,7 @@ class Kept(Lstm):
     keeps = True
 
 
+Reads = Callable[[str | Path], list[Sentence]]
 KINDS: dict[str, Student] = {"bilstm": Kept(), "thin": Thin()}
 
 
@@ -69,6 +71,8 @@ def distil(
     gold: str | Path | None = None,
     student: str = "bilstm",
     minutes: float = 10.0,
+    columns: Sequence[str] = (),
+    skip_bad: bool = False,
     gate: Gate = Gate(),
     encoder: str = "minilm",
     say: Callable[[str], None] = print,
@@ -82,7 +86,8 @@ def distil(
     files, or what `readers.read` knows. labels: what to ask a GLiNER for. gold: labelled sentences,
     two thirds to learn from, a third to be tested on. student: 'bilstm', or 'thin', a Transformer
     of three narrow layers. minutes: of training, on this machine; reading by the teacher comes
-    before.
+    before. columns: of CoNLL files, "word" and "tag" among them, if not the first and the last.
+    skip_bad: leave out and count what cannot be read, instead of stopping.
 
     Started again after a stop it goes on where it was. ValueError, before anything is trained, for
     too little text, labels that the teacher lacks, gold of other types.
@@ -91,12 +96,16 @@ def distil(
         raise ValueError(f"student: expected one of {list(KINDS)}, got {student!r}")
     if not 0 < minutes <= 24 * 60:
         raise ValueError(f"minutes: expected more than 0 and at most a day, got {minutes}")
-    read_of = pieces_of(text) if text else []
-    own = teacher_of(teacher, labels, read_of)
+    left_out: list[DataError] = []
+    reads = partial(read, columns=columns, skip=left_out.append if skip_bad else None)
+    read_of = pieces_of(text, reads) if text else []
+    own = teacher_of(teacher, labels, read_of, reads)
     pieces = own.labelled or read_of
     if len(pieces) < FEWEST:
         raise ValueError(f"text: expected at least {FEWEST} different pieces, got {len(pieces)}")
-    learnt, tested = _gold(gold, own.types)
+    learnt, tested = _gold(gold, own.types, reads)
+    for error in left_out:
+        say(f"left out: {error}")
     cut = len(pieces) - int(HELD_OUT * len(pieces))
     middle = (cut + len(pieces)) // 2
     dev, test = pieces[cut:middle], pieces[middle:]
@@ -141,7 +150,7 @@ def distil(
 # ---- what comes in ----
 
 
-def pieces_of(source: str | Path) -> list[Sentence]:
+def pieces_of(source: str | Path, reads: Reads = read) -> list[Sentence]:
     """Text without labels, each piece at most LONGEST words, none twice. ValueError for a file that
     is no text."""
     source = Path(source).expanduser()
@@ -152,15 +161,15 @@ def pieces_of(source: str | Path) -> list[Sentence]:
         raise ValueError(f"{source}: expected .txt files in the folder, got none")
     found: dict[tuple[str, ...], None] = {}
     for file in files:
-        for line in _lines(file):
+        for line in _lines(file, reads):
             for words in calls.windows(line, LONGEST):
                 found[tuple(line[a:b] for a, b in words)] = None
     return [Sentence(tokens) for tokens in found]
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path, reads: Reads) -> list[str]:
     if file.suffix not in ("", ".txt", ".md"):
-        return [" ".join(s.tokens) for s in read(file)]
+        return [" ".join(s.tokens) for s in reads(file)]
     try:
         text = file.read_text(encoding="utf8")
     except UnicodeDecodeError as error:
@@ -185,10 +194,12 @@ def in_words(sentence: Sentence) -> Sentence:
     return Sentence(tuple(text[a:b] for a, b in words), spans)
 
 
-def _gold(file: str | Path | None, types: Sequence[str]) -> tuple[list[Sentence], list[Sentence]]:
+def _gold(
+    file: str | Path | None, types: Sequence[str], reads: Reads
+) -> tuple[list[Sentence], list[Sentence]]:
     if file is None:
         return [], []
-    found = read(file)
+    found = reads(file)
     if any(s.spans is None for s in found):
         raise ValueError(f"{file}: expected labels in every sentence, got text alone")
     strange = sorted({x.type for s in found for x in s.spans} - set(types))
@@ -198,12 +209,14 @@ def _gold(file: str | Path | None, types: Sequence[str]) -> tuple[list[Sentence]
     return [s for i, s in enumerate(found) if i % 3], found[::3]
 
 
-def teacher_of(name: str, labels: Sequence[str] = (), text: Sequence[Sentence] = ()) -> Teacher:
+def teacher_of(
+    name: str, labels: Sequence[str] = (), text: Sequence[Sentence] = (), reads: Reads = read
+) -> Teacher:
     """Any teacher by file, folder or hub name; a spaCy pipeline reads the text at once. ValueError
     for labels where a teacher has its own, or none, or too many, where it must be asked."""
     folder = Path(name).expanduser()
     if folder.is_file():
-        labelled = [in_words(s) for s in read(folder) if s.spans is not None]
+        labelled = [in_words(s) for s in reads(folder) if s.spans is not None]
         types = sorted({x.type for s in labelled for x in s.spans})
         if not types:
             raise ValueError(f"{folder}: expected sentences with entities, got none")

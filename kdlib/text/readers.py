@@ -35,25 +35,44 @@ class DataError(ValueError):
 
 
 def read(
-    path: str | Path, types: Sequence[str] | None = None, clean: Callable[[str], str] = str
+    path: str | Path,
+    types: Sequence[str] | None = None,
+    clean: Callable[[str], str] = str,
+    columns: Sequence[str] = (),
+    skip: Callable[[DataError], None] | None = None,
 ) -> list[Sentence]:
     """The sentences of a file, its format told by its name; with `types`, any other entity type is
     an error.
 
     `clean` is applied to each word of a CoNLL file (some sets number or prefix their words).
+    columns: of a CoNLL file, "word" and "tag" among them; by default the first and the last. skip:
+    what to do with each error of a sentence, which is then left out; by default it is raised.
     DataError for a bad file.
     """
-    path = Path(path).expanduser()
+    path, bad = Path(path).expanduser(), skip or _raise
     if path.suffix == ".jsonl":
-        found = _read_json_lines(path, types)
+        found = _read_json_lines(path, types, bad)
     elif path.suffix == ".json":
-        found = _read_json(path, types)
+        found = _read_json(path, types, bad)
     else:
-        found = _read_conll(path, types, clean)
+        found = _read_conll(path, types, clean, _places(columns), bad)
     sentences = list(found)
     if not sentences:
         raise DataError(path, None, "at least one sentence", "none")
     return sentences
+
+
+def _raise(error: DataError) -> None:
+    raise error
+
+
+def _places(columns: Sequence[str]) -> tuple[int, int, int]:
+    """Where word and tag stand, and how many columns there are; 0: as many as the first line."""
+    if not columns:
+        return 0, -1, 0
+    if sorted(c for c in columns if c in ("word", "tag")) != ["tag", "word"]:
+        raise ValueError(f"columns: expected one word and one tag among them, got {list(columns)}")
+    return columns.index("word"), columns.index("tag"), len(columns)
 
 
 def _check_type(path: Path, at: int | str, kind: str, types: Sequence[str] | None) -> None:
@@ -76,37 +95,53 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_conll(
-    path: Path, types: Sequence[str] | None, clean: Callable[[str], str]
+    path: Path,
+    types: Sequence[str] | None,
+    clean: Callable[[str], str],
+    places: tuple[int, int, int],
+    bad: Callable[[DataError], None],
 ) -> Iterator[Sentence]:
-    words, tags, columns = [], [], None
+    word, tag, columns = places
+    words, tags, wrong = [], [], False
     for number, line in (*_lines(path), (0, "")):
         fields = [
             field.strip(" ") for field in re.split("\t" if "\t" in line else " +", line.strip(" "))
         ]
         if not any(fields) or fields[0] == "-DOCSTART-":
-            if words:
+            if words and not wrong:
                 yield Sentence(tuple(words), to_spans(tags))
-            words, tags = [], []
+            words, tags, wrong = [], [], False
             continue
         columns = columns or len(fields)
-        if "\r" in line:
-            raise DataError(path, number, "lines that end in a newline", line)
-        if len(fields) != columns or columns < 2:
-            raise DataError(
-                path, number, f"{max(columns, 2)} columns, word first and tag last", line
-            )
-        words.append(fields[0] and clean(fields[0]))
-        tags.append(fields[-1])
-        if not words[-1].strip():
-            raise DataError(path, number, "a word in the first column", line)
         try:
-            _, kind = split_tag(tags[-1])
-        except ValueError:
-            raise DataError(
-                path, number, "a tag such as O, B-PER, I-PER, S-PER or E-PER", tags[-1]
-            ) from None
-        if kind:
-            _check_type(path, number, kind, types)
+            _check_fields(path, number, line, fields, columns)
+            words.append(fields[word] and clean(fields[word]))
+            tags.append(fields[tag])
+            _check_word(path, number, line, words[-1], tags[-1], types)
+        except DataError as error:  # its whole sentence is left out
+            bad(error)
+            wrong = True
+
+
+def _check_fields(path: Path, at: int, line: str, fields: list[str], columns: int) -> None:
+    if "\r" in line:
+        raise DataError(path, at, "lines that end in a newline", line)
+    if len(fields) != columns or columns < 2:
+        raise DataError(path, at, f"{max(columns, 2)} columns, word first and tag last", line)
+
+
+def _check_word(
+    path: Path, at: int, line: str, word: str, tag: str, types: Sequence[str] | None
+) -> None:
+    if not word.strip("\x1c\x1d\x1e\x1f"):  # separators; wide blanks are words of some corpora
+        raise DataError(path, at, "a word in its column", line)
+    try:
+        _, kind = split_tag(tag)
+    except ValueError:
+        expected = "a tag such as O, B-PER, I-PER, S-PER or E-PER"
+        raise DataError(path, at, expected, tag) from None
+    if kind:
+        _check_type(path, at, kind, types)
 
 
 def documents_of(path: Path) -> list[int]:
@@ -122,19 +157,33 @@ def documents_of(path: Path) -> list[int]:
     return sizes
 
 
-def _read_json_lines(path: Path, types: Sequence[str] | None) -> Iterator[Sentence]:
+def _read_json_lines(
+    path: Path, types: Sequence[str] | None, bad: Callable[[DataError], None]
+) -> Iterator[Sentence]:
     for number, line in _lines(path):
         if line.strip():
-            yield _sentence(path, number, _parse(path, number, line), types)
+            try:
+                sentence = _sentence(path, number, _parse(path, number, line), types)
+            except DataError as error:
+                bad(error)
+            else:
+                yield sentence
 
 
-def _read_json(path: Path, types: Sequence[str] | None) -> Iterator[Sentence]:
+def _read_json(
+    path: Path, types: Sequence[str] | None, bad: Callable[[DataError], None]
+) -> Iterator[Sentence]:
     text = "\n".join(line for _, line in _lines(path))
     records = _parse(path, None, text) if text.strip() else []
     if not isinstance(records, list):
         raise DataError(path, None, "a JSON list of sentences", type(records).__name__)
     for position, item in enumerate(records, 1):
-        yield _sentence(path, f"sentence {position}", item, types)
+        try:
+            sentence = _sentence(path, f"sentence {position}", item, types)
+        except DataError as error:
+            bad(error)
+        else:
+            yield sentence
 
 
 def _parse(path: Path, line: int | None, text: str) -> object:

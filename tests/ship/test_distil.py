@@ -129,6 +129,20 @@ def test_a_gliner_and_a_hugging_face_classifier_teach_too(own, tiny_folder, long
     assert card["types"] == ["DOG"] and runtime.load(folder / "b").labels == ["DOG"]
 
 
+def test_bad_lines_stop_it_or_are_left_out_and_named(own):
+    run, folder, said = own
+    lines = [
+        f"{tag}\t{word}" for s in labelled(9) for word, tag in (*zip(s.tokens, s.tags), ("", ""))
+    ]
+    file = folder / "gold.conll"
+    file.write_text("\n".join(line.strip("\t") for line in lines) + "\n\nO\n")
+    with pytest.raises(ValueError, match=r"gold.conll:\d+: expected 2 columns"):
+        run(gold=file, columns=["tag", "word"], gate=ANY)
+    card = run(gold=file, columns=["tag", "word"], skip_bad=True, gate=ANY)
+    assert card["gold sentences"] == 6
+    assert next(line for line in said if line.startswith("left out")).endswith("got 'O'")
+
+
 def test_a_spacy_pipeline_teaches_what_it_says(own, tiny_folder):
     spacy = pytest.importorskip("spacy")
     _, folder, _ = own

@@ -194,7 +194,7 @@ def test_whatever_a_file_holds_it_is_read_or_refused_with_its_name(content, name
         except DataError as error:
             assert name in str(error)
         else:
-            assert found and all(s.tokens and all(w.strip() for w in s.tokens) for s in found)
+            assert found and all(s.tokens and all(s.tokens) for s in found)
 
 
 def test_overlapping_entities_of_ones_own_folder_are_told_with_file_and_sentence(tmp_path):
@@ -207,6 +207,39 @@ def test_overlapping_entities_of_ones_own_folder_are_told_with_file_and_sentence
         corpora.load(str(tmp_path))
     (tmp_path / "test.json").write_text(json.dumps(good))
     assert corpora.load(str(tmp_path)).test[0].spans == (Span(0, 2, "X"),)  # once
+
+
+def test_columns_may_stand_in_any_order(tmp_path):
+    file = write(tmp_path / "x.conll", "B-LOC 1 New\nI-LOC 2 York\nO 3 is\nO 4 big\n")
+    assert read(file, columns=["tag", "number", "word"]) == [SENTENCE]
+    with pytest.raises(DataError, match="x.conll:1: expected 2 columns"):
+        read(file, columns=["tag", "word"])
+    with pytest.raises(ValueError, match="columns: expected one word and one tag among them"):
+        read(file, columns=["tag", "number"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("x.conll", "a O\nb\n\nNew B-LOC\nYork I-LOC\nis O\nbig O\n\nc Q-X\nd O\n", (2, 9)),
+        (
+            "x.jsonl",
+            '{"tokens": []}\n'
+            '{"tokens": ["New", "York", "is", "big"], "ner_tags": ["B-LOC", "I-LOC", "O", "O"]}\n{',
+            (1, 3),
+        ),
+        (
+            "x.json",
+            '[{"tokenized_text": ["New", "York", "is", "big"], "ner": [[0, 1, "LOC"]]}, {"a": 1}]',
+            ("sentence 2",),
+        ),
+    ],
+)
+def test_bad_sentences_may_be_left_out_and_named(tmp_path, name, content, where):
+    told = []
+    assert read(write(tmp_path / name, content), skip=told.append) == [SENTENCE]
+    assert len(told) == len(where)
+    assert all(str(at) in str(error) for at, error in zip(where, told, strict=True))
 
 
 def test_written_sentences_are_read_back(tmp_path):
