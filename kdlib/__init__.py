@@ -9,10 +9,11 @@ The face is what the papers are about; read it in this order:
     students/   small models from a pretrained encoder: cut, thin, BiLSTM, twin tower
     teachers/   a tagger, any Hugging Face token classifier, a GLiNER, MSD's teacher that learns
     text/       sentences, tags, files, corpora, the demo grammar; no torch
-    lab/        how it is measured: Study, training, cache, tables, figures, notebooks in batch
+    lab/        how it is measured: Study, training, cache, records, tables, figures, notebooks
+    ship/       a tagger of your own: distil, export, and a runtime that needs no torch
 
-Imports run one way: text <- crf <- losses <- batches <- models, twin_tower <- methods <- students
-<- teachers <- lab. The core never caches and never draws; the lab never computes a loss.
+Imports run one way: text <- crf <- losses <- batches <- models <- twin_tower <- methods <- students
+<- teachers <- lab <- ship. The core never caches and never draws; the lab never computes a loss.
 
 Symbols, in code and in docstrings:
 
@@ -25,4 +26,15 @@ Symbols, in code and in docstrings:
     weight_temperature  tau_w of the paths    m, g         a student's layer, its teacher's
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`kdlib.distil`, when it is asked for: importing kdlib imports nothing."""
+    if name == "distil":
+        from kdlib.ship.distil import distil
+
+        return distil
+    raise AttributeError(f"module 'kdlib' has no attribute {name!r}")

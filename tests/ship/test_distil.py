@@ -6,6 +6,7 @@ from conftest import SENTENCES, tagger
 from transformers import BertConfig, BertForTokenClassification, BertTokenizerFast
 from typer.testing import CliRunner
 
+import kdlib
 from kdlib.__main__ import app
 from kdlib.lab import train
 from kdlib.ship import distil, runtime
@@ -163,6 +164,12 @@ def test_a_spacy_pipeline_teaches_what_it_says(own, tiny_folder):
     sentence = Sentence(("in", "Paris", "."))
     cut = {"start": 4, "end": 6, "label": "CITY"}  # within a word: it takes the whole of it
     assert distil.spans_of(sentence, [cut]) == (Span(1, 2, "CITY"),)
+
+
+def test_it_is_kdlibs_one_function():
+    assert kdlib.distil is distil.distil
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        _ = kdlib.other
 
 
 def test_the_gate_asks_for_recall_where_there_is_enough_to_tell():
