@@ -24,7 +24,11 @@ def markdown(card: dict[str, Any]) -> str:
         row = f"| {kind} | {card['found'][kind]:,} | {card['recall'][kind]:.1f} "
         lines.append(row + f"| {card['thresholds'][kind]:.2f} |")
     if "gold" in card:
-        lines += ["", f"| F1 on gold | {' | '.join(card['gold'])} |", "|---" * 3 + "|"]
+        lines += [
+            "",
+            f"| F1 on gold | {' | '.join(card['gold'])} |",
+            "|---" * (1 + len(card["gold"])) + "|",
+        ]
         for kind in ("all", *card["types"]):
             own = [f"{side[kind]['f1']:.1f}" for side in card["gold"].values() if kind in side]
             lines.append(f"| {kind} | {' | '.join(own)} |")

@@ -114,7 +114,7 @@ def distil(
         method, how = METHODS["student alone"], "its labels as they are (pseudo-labels)"
     else:
         parts = Parts(own.types, learnt, pieces[:cut], dev, test + tested)
-        method = METHODS["posterior"].tuned(alpha=0.5 if learnt else 0.0)
+        method = METHODS["structural"].tuned(alpha=0.5 if learnt else 0.0)
         how = f"{method.name} distillation"
     say(f"{teacher}: {len(own.types)} types, {', '.join(own.types[:8])}; {how}")
     say(f"{cut:,} pieces of text to learn from, {len(pieces) - cut:,} held out")
