@@ -46,8 +46,9 @@ def _has_docstring(node: ast.AST) -> bool:
     return isinstance(node, kinds)
 
 
-# Part of every key. What the lab itself makes of these, sentences and settings, is in the keys.
-NUMBERS = ("*.py", "students/*.py", "teachers/*.py", "lab/train.py")
+# Part of every key, beside what these are given: sentences, settings, weights.
+NUMBERS = ("*.py", "students/*.py", "teachers/*.py", "text/tags.py", "lab/train.py")
+NUMBERS += ("lab/study.py", "lab/targets.py", "lab/scores.py")
 SOURCES = code(Path(__file__).parents[1], NUMBERS)
 LIBRARIES = tuple(version(name) for name in ("torch", "transformers", "gliner"))
 MADE_BY = (VERSION, SOURCES, LIBRARIES)

@@ -52,6 +52,8 @@ def _checked(name: str, claim: dict[str, Any], figures: Path) -> dict[str, Any]:
 def borne(row: pd.Series) -> str:
     """'more' or 'less' where the difference is shown, 'equal', or 'open': by the row's own verdict,
     or where it has none by both of its 95 % intervals, equal where they lie within MARGIN of 0."""
+    if row[["low", "high", "seeds_low", "seeds_high"]].isna().any():
+        return "open"
     ends = [row["low"], row["seeds_low"], row["high"], row["seeds_high"]]
     apart, within = min(ends) > 0 or max(ends) < 0, max(map(abs, ends)) < MARGIN
     computed = "shown" if apart else "equal" if within else "not shown"

@@ -169,8 +169,9 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
     files = [ROOT / "notebooks" / f"{stem}.ipynb", *_sources()]
     for name in (used.get(parameter, "").strip("'\"") for parameter in ("dataset", "unseen")):
         files += filter(None, locate(name) if name else [])
-    for name in (used.get(parameter, "").strip("'\"") for parameter in ("encoder", "teacher")):
-        files += sorted(f for f in Path(name).glob("*") if f.is_file()) if name[:1] == "/" else []
+    for name in (used.get(p, "").strip("'\"") for p in ("encoder", "teacher", "text", "gold")):
+        if name.startswith("/"):  # a file or folder of the user's own, by its whole path
+            files += sorted(f for f in (Path(name), *Path(name).rglob("*")) if f.is_file())
     if "results" in used:
         files += sorted(
             (ROOT / "figures").glob("*/[0-9][0-9]_table*.csv")
@@ -263,8 +264,11 @@ def _unchanged(stamp: Path, out: Path, content: str) -> bool:
     """Whether a run with this key is there, and all that it left is as it left it."""
     if not (out.exists() and stamp.exists()):
         return False
-    said = json.loads(stamp.read_text(encoding="utf8"))
-    left = said["wrote"].items()
+    try:
+        said = json.loads(stamp.read_text(encoding="utf8"))
+        left = said["wrote"].items()
+    except (ValueError, KeyError, TypeError):  # damaged, or of an earlier version: run again
+        return False
     return said["key"] == content and all(Path(f).exists() and _sha(Path(f)) == d for f, d in left)
 
 

@@ -12,6 +12,7 @@ test sentence and type [n, types], and how many of them a run missed and how man
 """
 
 import base64
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
@@ -83,12 +84,12 @@ def read(corpus: str) -> list[Record]:
                 continue
             test, gold = tests[row["test"]]
             missed, invented = np.moveaxis(_unpacked(row["wrong"], (*gold.shape, 2)), -1, 0)
-        except (KeyError, ValueError, zlib.error) as error:
+            right = gold - missed
+            counts = np.stack([right, right + invented, gold], -1)
+            about = test["types"], test["documents"], row["parameters"]
+            found.append(Record(row["declared"], counts, *about, row["measures"], row["history"]))
+        except (KeyError, ValueError, TypeError, AttributeError, zlib.error) as error:
             raise ValueError(f"{file}:{number}: expected a record, got {error!r}") from None
-        right = gold - missed
-        counts = np.stack([right, right + invented, gold], -1)
-        about = test["types"], test["documents"], row["parameters"]
-        found.append(Record(row["declared"], counts, *about, row["measures"], row["history"]))
     return found
 
 
@@ -96,14 +97,16 @@ def add(corpus: str, record: Record) -> None:
     """Append a run, and its test set before it where that is new. What is there stays as it is,
     byte by byte, and so does the file where the same run is there already."""
     right, guessed, gold = np.moveaxis(record.counts, -1, 0)
-    test = cache.digest(gold.tolist(), record.types, record.documents)[:16]
+    content = json.dumps([gold.tolist(), record.types, record.documents])
+    test = hashlib.sha256(content.encode()).hexdigest()[:16]
     head = {"test": test, "types": record.types, "documents": record.documents}
     head |= {"sentences": len(gold), "gold": _packed(gold)}
     wrong = _packed(np.stack([gold - right, guessed - right], -1))
     row = {"declared": record.declared, "test": test, "parameters": record.parameters}
     row |= {"measures": record.measures, "history": record.history, "wrong": wrong}
     file = file_of(corpus)
-    with cache.locked(cache.folder() / f"{corpus}.records"):
+    with cache.locked(file):
+        read(corpus)  # nothing is added to a damaged file
         lines = file.read_text(encoding="utf8").splitlines() if file.exists() else []
         rows = [json.loads(line) for line in lines]
         if json.loads(json.dumps(record.declared)) in [old.get("declared") for old in rows]:

@@ -207,6 +207,8 @@ def contrasts(counted: Counted) -> pd.DataFrame:
         if len(seeds) < 2:
             continue
         ours, theirs = (np.stack([side[seed] for seed in seeds]) for side in (own, other))
+        if not np.array_equal(ours[..., 2], theirs[..., 2]):
+            raise ValueError(f"{method}, {against}: expected runs on one test set, got two")
         per_seed = scores.f1(ours) - scores.f1(theirs)
         (mean, half), (_, narrow) = (scores.interval(per_seed, c) for c in (0.95, 0.9))
         within = scores.hierarchical_bootstrap(ours, theirs, confidence=0.9)

@@ -80,6 +80,8 @@ def predict(
         lines = (line.rstrip("\n") for line in sys.stdin)
         for text, found in tagger.stream(lines, threshold):
             typer.echo(json.dumps({"text": text, "entities": found}, ensure_ascii=False))
+    except BrokenPipeError:  # whoever reads has enough
+        raise typer.Exit(0) from None
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -96,14 +96,22 @@ def distil(
         raise ValueError(f"student: expected one of {list(KINDS)}, got {student!r}")
     if not 0 < minutes <= 24 * 60:
         raise ValueError(f"minutes: expected more than 0 and at most a day, got {minutes}")
+    out = Path(out).expanduser()
+    rejected = out.with_name(f"{out.name}.rejected")
+    for folder in (out, rejected):  # before an hour's work, not after it
+        if folder.exists() and not (folder / runtime.CONFIG).is_file() and not _is_empty(folder):
+            raise FileExistsError(
+                f"{folder}: expected a new folder or an earlier student, got none"
+            )
     left_out: list[DataError] = []
     reads = partial(read, columns=columns, skip=left_out.append if skip_bad else None)
     read_of = pieces_of(text, reads) if text else []
     own = teacher_of(teacher, labels, read_of, reads)
-    pieces = own.labelled or read_of
+    learnt, tested = _gold(gold, own.types, reads)
+    told = {s.tokens for s in tested}
+    pieces = [s for s in own.labelled or read_of if s.tokens not in told]
     if len(pieces) < FEWEST:
         raise ValueError(f"text: expected at least {FEWEST} different pieces, got {len(pieces)}")
-    learnt, tested = _gold(gold, own.types, reads)
     for error in left_out:
         say(f"left out: {error}")
     cut = len(pieces) - int(HELD_OUT * len(pieces))
@@ -126,7 +134,7 @@ def distil(
         dev, test = ([Sentence(s.tokens, next(said)) for s in part] for part in (dev, test))
         of_gold = list(said)
         study = replace(study, parts=replace(parts, dev=dev, test=test))
-    study = study.with_budget(_budget(study, method, student, minutes))
+    study = study.with_budget(_budget(study, method, student, minutes, teacher))
     say(f"{study.budget.updates:,} updates of {study.budget.batch}, about {minutes:g} minutes")
     tagger, _ = study.trained(method, student, 0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -138,13 +146,17 @@ def distil(
     card |= {"teacher": teacher, "method": how, "updates": study.budget.updates}
     card |= {"pieces of text": cut, "gold sentences": len(learnt), "thresholds": thresholds}
     card["failed"] = failures(card, gate)
-    target = Path(f"{out}.rejected" if card["failed"] else out)
+    target = rejected if card["failed"] else out
     export(tagger, target, thresholds, cards.markdown(card))
     say(cards.markdown(card))
     for text in card["disagreements"]:
         say(f"they disagree most on: {text}")
     say(f"written to {target}")
     return card | {"passed": not card["failed"]}
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 # ---- what comes in ----
@@ -156,7 +168,8 @@ def pieces_of(source: str | Path, reads: Reads = read) -> list[Sentence]:
     source = Path(source).expanduser()
     if not source.exists():
         raise FileNotFoundError(f"text: expected a file or a folder, got nothing at {source}")
-    files = sorted(source.rglob("*.txt")) if source.is_dir() else [source]
+    inside = sorted(f for f in source.rglob("*") if f.is_file() and f.suffix.lower() == ".txt")
+    files = inside if source.is_dir() else [source]
     if not files:
         raise ValueError(f"{source}: expected .txt files in the folder, got none")
     found: dict[tuple[str, ...], None] = {}
@@ -168,7 +181,7 @@ def pieces_of(source: str | Path, reads: Reads = read) -> list[Sentence]:
 
 
 def _lines(file: Path, reads: Reads) -> list[str]:
-    if file.suffix not in ("", ".txt", ".md"):
+    if file.suffix.lower() not in ("", ".txt", ".md"):
         return [" ".join(s.tokens) for s in reads(file)]
     try:
         text = file.read_text(encoding="utf8")
@@ -182,16 +195,36 @@ def _lines(file: Path, reads: Reads) -> list[str]:
 def in_words(sentence: Sentence) -> Sentence:
     """A labelled sentence in the words that the student will read: `calls.windows` of its tokens
     with spaces between them, entities over the same characters."""
-    text, places = " ".join(sentence.tokens), places_of(sentence.tokens)
+    tokens = [token.strip() for token in sentence.tokens]
+    text, places = " ".join(tokens), places_of(tokens)
     words = next(calls.windows(text, len(text) + 1), [])
-    begins = {a: i for i, (a, _) in enumerate(words)}
-    ends = {b: i + 1 for i, (_, b) in enumerate(words)}
-    spans = tuple(
-        Span(begins[places[s.start]], ends[places[s.end] - 1], s.type)
+    found = [
+        {"start": places[s.start], "end": places[s.end] - 1, "label": s.type}
         for s in sentence.spans or ()
-        if places[s.start] in begins and places[s.end] - 1 in ends
-    )
-    return Sentence(tuple(text[a:b] for a, b in words), spans)
+    ]
+    return Sentence(tuple(text[a:b] for a, b in words), over_words(words, found))
+
+
+def over_words(
+    words: Sequence[tuple[int, int]], entities: Iterable[dict[str, Any]]
+) -> tuple[Span, ...]:
+    """Entities in characters as spans over every word that they touch; of two on one word the
+    longer one."""
+    spans = []
+    for e in entities:
+        touched = [i for i, (a, b) in enumerate(words) if a < e["end"] and e["start"] < b]
+        if touched:
+            spans.append(Span(touched[0], touched[-1] + 1, e["label"]))
+    taken: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.start - s.end, s)):
+        if all(span.end <= t.start or t.end <= span.start for t in taken):
+            taken.append(span)
+    return tuple(sorted(taken))
+
+
+def words_of(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each token begins and ends in the tokens with spaces between them."""
+    return [(a, a + len(token)) for a, token in zip(places_of(tokens), tokens, strict=False)]
 
 
 def _gold(
@@ -205,8 +238,9 @@ def _gold(
     strange = sorted({x.type for s in found for x in s.spans} - set(types))
     if strange:
         raise ValueError(f"{file}: expected the teacher's types {list(types)}, got {strange} too")
-    found = [in_words(s) for s in found]
-    return [s for i, s in enumerate(found) if i % 3], found[::3]
+    once = {s.tokens: s for s in map(in_words, found) if s.tokens}
+    kept = list(once.values())
+    return [s for i, s in enumerate(kept) if i % 3], kept[::3]
 
 
 def teacher_of(
@@ -215,8 +249,12 @@ def teacher_of(
     """Any teacher by file, folder or hub name; a spaCy pipeline reads the text at once. ValueError
     for labels where a teacher has its own, or none, or too many, where it must be asked."""
     folder = Path(name).expanduser()
+    name = str(folder) if name.startswith("~") else name
     if folder.is_file():
-        labelled = [in_words(s) for s in reads(folder) if s.spans is not None]
+        if labels:
+            raise ValueError(f"labels: expected none, as {folder} has its own, got {list(labels)}")
+        known = [in_words(s) for s in reads(folder) if s.spans is not None]
+        labelled = list({s.tokens: s for s in known if s.tokens}.values())  # none twice
         types = sorted({x.type for s in labelled for x in s.spans})
         if not types:
             raise ValueError(f"{folder}: expected sentences with entities, got none")
@@ -264,29 +302,15 @@ def _spacy(folder: Path, text: Sequence[Sentence]) -> Teacher:
         ends = [(e.start_char, e.end_char, e.label_) for e in nlp(text).ents]
         return [{"start": a, "end": b, "label": kind} for a, b, kind in ends]
 
-    labelled = [Sentence(s.tokens, spans_of(s, speaks(" ".join(s.tokens)))) for s in text]
+    labelled = [
+        Sentence(s.tokens, over_words(words_of(s.tokens), speaks(" ".join(s.tokens)))) for s in text
+    ]
     types = sorted({x.type for s in labelled for x in s.spans})
     if not types:
         raise ValueError(
             f"{folder}: expected a pipeline that finds entities in this text, got none"
         )
     return Teacher(types, lambda parts: Fitted(), speaks, labelled)
-
-
-def spans_of(sentence: Sentence, entities: Iterable[dict[str, Any]]) -> tuple[Span, ...]:
-    """Entities of a sentence's words with spaces between them, in characters, as spans over every
-    word that they touch."""
-    places = places_of(sentence.tokens)
-    spans = []
-    for e in entities:
-        touched = [
-            i
-            for i, a in enumerate(places[:-1])
-            if a < e["end"] and e["start"] < a + len(sentence.tokens[i])
-        ]
-        if touched:
-            spans.append(Span(touched[0], touched[-1] + 1, e["label"]))
-    return tuple(spans)
 
 
 def places_of(tokens: Sequence[str]) -> list[int]:
@@ -300,11 +324,19 @@ def places_of(tokens: Sequence[str]) -> list[int]:
 # ---- training ----
 
 
-def _budget(study: Study, method: Method, student: str, minutes: float) -> Budget:
+def _budget(study: Study, method: Method, student: str, minutes: float, teacher: str) -> Budget:
     """As many updates as fit, measured on a few; remembered, so that a run that was stopped goes on
     with the same number."""
     parts = study.parts
-    key = cache.digest("plan", [s.tokens for s in parts.text], method.content(), student, minutes)
+    key = cache.digest(
+        "plan",
+        [s.tokens for s in parts.text],
+        method.content(),
+        student,
+        minutes,
+        teacher,
+        study.encoder,
+    )
 
     def make() -> dict[str, int]:
         own, few = study.lessons(method, student, 0), 20
@@ -339,15 +371,15 @@ def predict(
     with_scores: bool = False,
 ) -> list:
     """The student's entities of sentences as spans over their words."""
-    out = []
     texts = [" ".join(s.tokens) for s in sentences]
-    for s, found in zip(sentences, student.inference(texts, threshold=threshold), strict=True):
-        begins = {a: i for i, a in enumerate(places_of(s.tokens))}
-        own = [
-            (Span(begins[e["start"]], begins[e["end"] + 1], e["label"]), e["score"]) for e in found
-        ]
-        out.append(own if with_scores else tuple(span for span, _ in own))
-    return out
+    found = student.inference(texts, threshold=threshold)
+    pairs = [
+        [(span, e["score"]) for e in own for span in over_words(words_of(s.tokens), [e])]
+        for s, own in zip(sentences, found, strict=True)
+    ]
+    if with_scores:
+        return pairs
+    return [tuple(dict.fromkeys(span for span, _ in own)) for own in pairs]
 
 
 # ---- what comes out ----

@@ -15,7 +15,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from kdlib.text import calls
-from kdlib.text.tags import to_spans
+from kdlib.text.tags import split_tag, to_spans
 
 CONFIG = "config.json"
 FORMAT = "kdlib tagger 1"
@@ -89,12 +89,14 @@ class Student:
     def __init__(self, folder: str | Path, int8: bool = True, threads: int = 1) -> None:
         folder = Path(folder).expanduser()
         config = _config(folder)
-        self.labels: list[str] = config["labels"]
-        self.thresholds: dict[str, float] = config["thresholds"]
         self._tags: list[str] = config["tags"]
+        self.labels = sorted({kind for _, kind in map(split_tag, self._tags) if kind})
+        self.thresholds = {label: float(config["thresholds"][label]) for label in self.labels}
         self.crf = Crf(*(_scores(config["crf"][name]) for name in SCORES))
-        self._around, self._unknown = config["special_pieces"], config["unknown_piece"]
-        self._most = config["most_pieces"] - sum(map(len, self._around))
+        self._around, self._unknown = config["special_pieces"], int(config["unknown_piece"])
+        self._most = int(config["most_pieces"]) - sum(map(len, self._around))
+        if self._most < 1:
+            raise ValueError(f"most_pieces: expected room for a word, got {config['most_pieces']}")
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -104,6 +106,12 @@ class Student:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         name = "model_int8.onnx" if int8 else "model.onnx"
         self._session = onnxruntime.InferenceSession(str(folder / "onnx" / name), options)
+        emissions, lengths = self.emissions(["a b"], [Window(0, [(0, 1), (2, 3)])], [0])
+        numbers = emissions.shape[2], len(self._tags), len(self.crf.start)
+        if len(set(numbers)) > 1:
+            raise ValueError(f"expected as many tags as scores, got {numbers}")
+        if not np.isfinite(self.crf.marginals(emissions, lengths)).all():
+            raise ValueError("crf: expected scores that allow some label sequence, got none")
 
     # ---- GLiNER's calls ----
 
@@ -123,7 +131,8 @@ class Student:
         batch_size: int = 32,
     ) -> list[list[dict[str, Any]]]:
         """Per text its entities: {"start", "end", "text", "label", "score"}, characters, end
-        exclusive, in order, never overlapping.
+        exclusive, in order, never overlapping. In int8 a score moves a little with the other texts
+        of its batch, whose largest number sets the scale.
 
         labels: those wanted, all by default; ValueError for one that this student cannot give.
         threshold: least score, by default each label's own, chosen on held-out text; the score of
@@ -228,8 +237,16 @@ class Student:
 
 def load(folder: str | Path, int8: bool = True, threads: int = 1) -> Student:
     """The student of a folder that `export` wrote; FileNotFoundError where it is none, ValueError
-    where its files are damaged."""
-    return Student(folder, int8, threads)
+    where its files are damaged or do not fit together."""
+    try:
+        return Student(folder, int8, threads)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the libraries' own errors share no kind
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"{folder}: expected the files of a whole student, got {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

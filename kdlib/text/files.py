@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ASIDE = ".saving."  # folders to write in begin so
+ASIDE, OURS = ".saving.", ".kdlib-aside-"  # what the names of folders to write in hold
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: data, figures, notebooks
 
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]  # the checkout: data, figures, noteb
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` when the block ends well and vanishes when not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{OURS}"))
     try:
         yield aside / path.name
         made = aside / path.name
@@ -38,7 +38,7 @@ def saving(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder).expanduser().resolve()
     if not target.exists():
-        for leftover in target.parent.glob(f".{target.name}.*"):  # of a save that was killed
+        for leftover in target.parent.glob(f".{target.name}{OURS}*"):  # of a save that was killed
             if time.time() - leftover.stat().st_mtime > 3600:
                 shutil.rmtree(leftover, ignore_errors=True)
         with replacing(target) as aside:

@@ -154,7 +154,7 @@ def documents_of(path: Path) -> list[int]:
             lines = lines[1:]
         if lines and sizes:
             sizes[-1] += 1
-    return sizes
+    return [size for size in sizes if size]
 
 
 def _read_json_lines(

@@ -161,9 +161,6 @@ def test_a_spacy_pipeline_teaches_what_it_says(own, tiny_folder):
     )
     assert card["types"] == ["CITY"] and "pseudo-labels" in card["method"]
     assert set(card["speed"]) == {"student", "teacher"}
-    sentence = Sentence(("in", "Paris", "."))
-    cut = {"start": 4, "end": 6, "label": "CITY"}  # within a word: it takes the whole of it
-    assert distil.spans_of(sentence, [cut]) == (Span(1, 2, "CITY"),)
 
 
 def test_it_is_kdlibs_one_function():
@@ -182,6 +179,37 @@ def test_a_sentence_in_words_keeps_its_entities():
     found = distil.in_words(s)
     assert found.tokens == ("the", "U", ".", "S", ".", "Bank", "in", "St", ".", "-", "Denis")
     assert found.spans == (Span(1, 6, "ORG"), Span(7, 11, "LOC"))
+
+
+def test_entities_take_whole_words_and_of_two_on_one_the_longer():
+    words = distil.words_of(("in", "Paris-London", "today"))
+    cut = [{"start": 4, "end": 6, "label": "A"}, {"start": 9, "end": 20, "label": "B"}]
+    assert distil.over_words(words, cut) == (Span(1, 3, "B"),)
+    assert distil.over_words(words, cut[:1]) == (Span(1, 2, "A"),)
+    assert distil.over_words(words, [{"start": 90, "end": 91, "label": "A"}]) == ()
+    odd = Sentence(("in", " Paris", "\u3000"), (Span(1, 2, "LOC"),))
+    assert distil.in_words(odd) == Sentence(("in", "Paris"), (Span(1, 2, "LOC"),))
+
+
+def test_nothing_is_learnt_twice_or_tested_on_what_was_learnt(own):
+    run, folder, _ = own
+    write_json_lines(folder / "same.jsonl", labelled(1) * 300)
+    with pytest.raises(ValueError, match="at least 200 different pieces, got 1"):
+        distil.distil(str(folder / "same.jsonl"), folder / "s")
+    both = [Sentence(s.tokens, s.spans) for s in labelled(30)]
+    write_json_lines(folder / "gold.jsonl", both)
+    with (folder / "my.txt").open("a") as text:
+        text.write("\n".join(" ".join(s.tokens) for s in both))
+    assert run(gold=folder / "gold.jsonl", gate=ANY)["pieces of text"] < 256
+
+
+def test_a_place_that_is_taken_is_told_before_anything_is_trained(own, monkeypatch):
+    run, folder, _ = own
+    monkeypatch.setattr(train, "fit", lambda *a, **k: pytest.fail("trained"))
+    (folder / "student").mkdir()
+    (folder / "student" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="student: expected a new folder or an earlier"):
+        run(gate=ANY)
 
 
 def test_text_is_lines_folders_or_sentences_and_comes_once(tmp_path):

@@ -186,6 +186,49 @@ def test_a_folder_that_is_no_student_says_so(made, tmp_path):
             runtime.load(tmp_path / "s")
 
 
+def changed(name, value):
+    return lambda config: config | {name: value}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed("most_pieces", 2),
+        changed("most_pieces", "many"),
+        changed("thresholds", {"PER": 0.5}),
+        changed("tags", ["O", "B-PER"]),
+        changed("tags", ["O", "X"]),
+        changed("unknown_piece", None),
+        changed("special_pieces", [[99999], []]),
+        changed("crf", {"start": [0.0], "transitions": [[0.0]], "end": [0.0]}),
+        changed("crf", {"start": [None] * 5, "transitions": [[0.0] * 5] * 5, "end": [0.0] * 5}),
+        lambda config: {"format": config["format"]},
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_when_it_is_loaded(made, tmp_path, change):
+    shutil.copytree(made[1], tmp_path / "s")
+    file = tmp_path / "s" / "config.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match="s: expected the files of a whole student"):
+        runtime.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["onnx/model_int8.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"half", None])
+def test_damaged_files_are_one_clear_error(made, tmp_path, name, content):
+    shutil.copytree(made[1], tmp_path / "s")
+    file = tmp_path / "s" / name
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ValueError, match="s: expected the files of a whole student"):
+        runtime.load(tmp_path / "s")
+
+
+def test_an_initial_ends_no_sentence():
+    text = "word " * 120 + "J. R. R. Tolkien wrote. " + "word " * 100
+    first, *_ = runtime.calls.windows(text, 130)
+    assert text[first[-1][0] : first[-1][1]] == "." and text[: first[-1][1]].endswith("wrote.")
+
+
 def test_export_replaces_an_earlier_one_and_refuses_what_it_cannot_write(made, tmp_path, tiny):
     model, folder = made
     shutil.copytree(folder, tmp_path / "s")
