@@ -36,6 +36,13 @@ def saved(backbone, folder, encoder=None):
     return json.loads((folder / "tagger.json").read_text())
 
 
+def test_the_home_folder_is_found_when_reading_too(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tagger(tiny).save_pretrained("~/mine")
+    assert (tmp_path / "mine" / "tagger.json").exists()
+    assert Tagger.from_pretrained("~/mine").labels == tagger(tiny).labels
+
+
 def test_a_damaged_folder_is_one_clear_error(tiny, tmp_path):
     saved(tiny, tmp_path / "m")
     whole = {f.name: f.read_bytes() for f in (tmp_path / "m").iterdir()}

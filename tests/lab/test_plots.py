@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -49,6 +52,24 @@ def test_a_dot_in_a_name_is_no_ending(tmp_path):
 def test_nothing_is_written_outside_the_figures(folder, suffix):
     with pytest.raises(ValueError, match="expected a folder of figures/ and a suffix without"):
         plots.Album(Path(folder), suffix)
+
+
+def test_two_processes_with_caches_of_their_own_lose_no_entry(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; import pandas as pd; from kdlib.lab import plots\n"
+    )
+    code += "for i in range(8): "
+    code += "plots.save(Path(sys.argv[1]) / f'03_{sys.argv[2]}{i}', pd.DataFrame({'a': [i]}), 'x')"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "x"), name],
+            env=os.environ | {"KDLIB_CACHE": str(tmp_path / name)},
+        )
+        for name in "ab"
+    ]
+    assert [process.wait() for process in both] == [0, 0]
+    index = json.loads((tmp_path / "x" / "index.json").read_text())
+    assert sorted(index) == sorted(f"03_{name}{i}" for name in "ab" for i in range(8))
 
 
 def test_the_gallery_names_caption_seeds_and_notebook(tmp_path):
