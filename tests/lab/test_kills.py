@@ -2,13 +2,13 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from kdlib.text.files import ROOT
@@ -61,7 +61,7 @@ def test_two_processes_on_one_cache_say_the_same(tiny_folder, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.notebook
-def test_a_quick_study_killed_three_times_leaves_the_same_tables(tmp_path):
+def test_a_quick_study_killed_twice_leaves_the_same_tables(tmp_path):
     rng, command = random.Random(1), [sys.executable, "-m", "kdlib", "study", "04"]
     command += ["--profile", "quick", "--force", "--set"]
 
@@ -74,16 +74,20 @@ def test_a_quick_study_killed_three_times_leaves_the_same_tables(tmp_path):
     start = time.perf_counter()
     assert begun("whole").wait() == 0
     seconds = time.perf_counter() - start
-    for _ in range(3):
+    for _ in range(2):
         process = begun("killed")
         time.sleep(rng.uniform(seconds / 4, 3 * seconds / 4))
         os.killpg(process.pid, signal.SIGKILL)  # its kernel too
         process.wait()
     assert begun("killed").wait() == 0
     whole, killed = (
-        {f.name: f.read_text() for f in sorted((tmp_path / name).glob("*/04_*.csv"))}
+        {f.name: without_times(f) for f in sorted((tmp_path / name).glob("*/04_*.csv"))}
         for name in ("whole", "killed")
     )
     assert whole.keys() == killed.keys() and len(whole) > 3
-    timed = re.compile(r"table|bench")  # holds seconds
-    assert all(whole[name] == killed[name] for name in whole if not timed.search(name))
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+def without_times(file):
+    table = pd.read_csv(file)
+    return table.drop(columns=[c for c in table if "seconds" in c]).to_csv()
