@@ -21,7 +21,8 @@ COLUMNS += ["seeds_high", "seeds", "verdict", "named", "bears", "holds"]
 
 def checked(root: Path = ROOT) -> pd.DataFrame:
     """One row a claim: claim, says, table, figure if drawn, difference, both intervals, seeds,
-    verdict, named (its contrast was named beforehand; else it is exploratory), bears, holds.
+    verdict, named (its contrast was named beforehand and its p corrected; else it is exploratory),
+    bears, holds.
 
     ValueError for a claim whose row is not there, or is not one.
     """
@@ -45,7 +46,8 @@ def _checked(name: str, claim: dict[str, Any], figures: Path) -> dict[str, Any]:
     bears = borne(row)
     found["seeds"] = int(row["seeds"]) if "seeds" in row else claim["seeds"]
     verdicts = {"more": "shown", "less": "shown", "equal": "equal", "open": "not shown"}
-    found |= {"verdict": verdicts[bears], "named": (row["method"], row["against"]) in CONTRASTS}
+    named = "holm" in row and (row["method"], row["against"]) in CONTRASTS
+    found |= {"verdict": verdicts[bears], "named": named}
     return found | {"bears": claim["bears"], "holds": bears == claim["bears"]}
 
 

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def distil(
     for folder in (out, rejected):  # before an hour's work, not after it
         if folder.exists() and not (folder / runtime.CONFIG).is_file() and not _is_empty(folder):
             raise FileExistsError(
-                f"{folder}: expected a new folder or an earlier student, got none"
+                f"{folder}: expected a new folder or an earlier student, got other files"
             )
     left_out: list[DataError] = []
     reads = partial(read, columns=columns, skip=left_out.append if skip_bad else None)
@@ -196,10 +197,10 @@ def in_words(sentence: Sentence) -> Sentence:
     """A labelled sentence in the words that the student will read: `calls.windows` of its tokens
     with spaces between them, entities over the same characters."""
     tokens = [token.strip() for token in sentence.tokens]
-    text, places = " ".join(tokens), places_of(tokens)
+    text, places = " ".join(tokens), token_places(tokens)
     words = next(calls.windows(text, len(text) + 1), [])
     found = [
-        {"start": places[s.start], "end": places[s.end] - 1, "label": s.type}
+        {"start": places[s.start][0], "end": places[s.end - 1][1], "label": s.type}
         for s in sentence.spans or ()
     ]
     return Sentence(tuple(text[a:b] for a, b in words), over_words(words, found))
@@ -222,9 +223,10 @@ def over_words(
     return tuple(sorted(taken))
 
 
-def words_of(tokens: Sequence[str]) -> list[tuple[int, int]]:
+def token_places(tokens: Sequence[str]) -> list[tuple[int, int]]:
     """Where each token begins and ends in the tokens with spaces between them."""
-    return [(a, a + len(token)) for a, token in zip(places_of(tokens), tokens, strict=False)]
+    ends = accumulate(len(token) + 1 for token in tokens)
+    return [(end - 1 - len(token), end - 1) for token, end in zip(tokens, ends, strict=True)]
 
 
 def _gold(
@@ -303,7 +305,8 @@ def _spacy(folder: Path, text: Sequence[Sentence]) -> Teacher:
         return [{"start": a, "end": b, "label": kind} for a, b, kind in ends]
 
     labelled = [
-        Sentence(s.tokens, over_words(words_of(s.tokens), speaks(" ".join(s.tokens)))) for s in text
+        Sentence(s.tokens, over_words(token_places(s.tokens), speaks(" ".join(s.tokens))))
+        for s in text
     ]
     types = sorted({x.type for s in labelled for x in s.spans})
     if not types:
@@ -311,14 +314,6 @@ def _spacy(folder: Path, text: Sequence[Sentence]) -> Teacher:
             f"{folder}: expected a pipeline that finds entities in this text, got none"
         )
     return Teacher(types, lambda parts: Fitted(), speaks, labelled)
-
-
-def places_of(tokens: Sequence[str]) -> list[int]:
-    """Where each word begins in the words with spaces between them, and one past the end."""
-    places = [0]
-    for token in tokens:
-        places.append(places[-1] + len(token) + 1)
-    return places
 
 
 # ---- training ----
@@ -352,7 +347,7 @@ def choose_thresholds(tagger: Tagger, dev: Sequence[Sentence], folder: Path) -> 
     """Per type the least score at which the shipped, quantised student agrees best with `dev`."""
     export(tagger, folder, {})
     student = runtime.load(folder)
-    found = predict(student, dev, 0.0, with_scores=True)
+    found = scored(student, dev, 0.0)
     chosen = {}
     for kind in student.labels:
         there = [{s for s in sentence.spans if s.type == kind} for sentence in dev]
@@ -364,22 +359,20 @@ def choose_thresholds(tagger: Tagger, dev: Sequence[Sentence], folder: Path) -> 
     return chosen
 
 
-def predict(
-    student: runtime.Student,
-    sentences: Sequence[Sentence],
-    threshold: float | None = None,
-    with_scores: bool = False,
-) -> list:
-    """The student's entities of sentences as spans over their words."""
-    texts = [" ".join(s.tokens) for s in sentences]
-    found = student.inference(texts, threshold=threshold)
-    pairs = [
-        [(span, e["score"]) for e in own for span in over_words(words_of(s.tokens), [e])]
+def scored(
+    student: runtime.Student, sentences: Sequence[Sentence], threshold: float | None = None
+) -> list[list[tuple[Span, float]]]:
+    """The student's entities of sentences as spans over their words, with their scores."""
+    found = student.inference([" ".join(s.tokens) for s in sentences], threshold=threshold)
+    return [
+        [(span, e["score"]) for e in own for span in over_words(token_places(s.tokens), [e])]
         for s, own in zip(sentences, found, strict=True)
     ]
-    if with_scores:
-        return pairs
-    return [tuple(dict.fromkeys(span for span, _ in own)) for own in pairs]
+
+
+def predict(student: runtime.Student, sentences: Sequence[Sentence]) -> list[tuple[Span, ...]]:
+    """The same at its own thresholds, without scores."""
+    return [tuple(dict.fromkeys(s for s, _ in own)) for own in scored(student, sentences)]
 
 
 # ---- what comes out ----
@@ -423,14 +416,11 @@ def measure(
 def reliability(student: runtime.Student, test: Sequence[Sentence]) -> list[dict[str, float]]:
     """By score, in tenths: how many entities have it, their mean score, the share the teacher has
     too."""
-    scored = [
-        (score, span in sentence.spans)
-        for sentence, own in zip(test, predict(student, test, 0.0, with_scores=True), strict=True)
-        for span, score in own
-    ]
+    answers = zip(test, scored(student, test, 0.0), strict=True)
+    found = [(score, span in s.spans) for s, own in answers for span, score in own]
     out = []
     for tenth in range(10):
-        own = [x for x in scored if min(int(10 * x[0]), 9) == tenth]
+        own = [x for x in found if min(int(10 * x[0]), 9) == tenth]
         if own:
             score, right = np.mean(own, 0)
             out.append({"entities": len(own), "score": float(score), "right": float(right)})

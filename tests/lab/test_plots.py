@@ -55,9 +55,8 @@ def test_nothing_is_written_outside_the_figures(folder, suffix):
 
 
 def test_two_processes_with_caches_of_their_own_lose_no_entry(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; import pandas as pd; from kdlib.lab import plots\n"
-    )
+    code = "import sys; from pathlib import Path; import pandas as pd\n"
+    code += "from kdlib.lab import plots\n"
     code += "for i in range(8): "
     code += "plots.save(Path(sys.argv[1]) / f'03_{sys.argv[2]}{i}', pd.DataFrame({'a': [i]}), 'x')"
     both = [

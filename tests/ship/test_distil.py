@@ -182,7 +182,7 @@ def test_a_sentence_in_words_keeps_its_entities():
 
 
 def test_entities_take_whole_words_and_of_two_on_one_the_longer():
-    words = distil.words_of(("in", "Paris-London", "today"))
+    words = distil.token_places(("in", "Paris-London", "today"))
     cut = [{"start": 4, "end": 6, "label": "A"}, {"start": 9, "end": 20, "label": "B"}]
     assert distil.over_words(words, cut) == (Span(1, 3, "B"),)
     assert distil.over_words(words, cut[:1]) == (Span(1, 2, "A"),)
