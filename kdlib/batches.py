@@ -157,8 +157,8 @@ def encode(
             f"pieces, got {max_pieces}"
         )
     windows, firsts, tags, shapes = [], [], [], []
-    for sentence in sentences:
-        pieces = _word_pieces(sentence.tokens, tokenizer)
+    pieces_of = _word_pieces([s.tokens for s in sentences], tokenizer)
+    for sentence, pieces in zip(sentences, pieces_of, strict=True):
         cut, shaped, where = [[]], [[]], []
         for token, word in zip(sentence.tokens, pieces, strict=True):
             word = word[:room]
@@ -167,7 +167,7 @@ def encode(
                 shaped.append([])
             where.append((len(cut) - 1, len(before) + len(cut[-1])))
             cut[-1].extend(word)
-            shaped[-1].extend([shape(token)] * len(word))
+            shaped[-1].extend([shape(token) if with_shapes else 0] * len(word))
         windows.append([before + c + after for c in cut])
         shapes.append([[0] * len(before) + s + [0] * len(after) for s in shaped])
         firsts.append(where)
@@ -203,18 +203,26 @@ def special_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return probe[:at], probe[at + len(inner) :]
 
 
-def _word_pieces(words: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _word_pieces(
+    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[list[int]]]:
+    """The pieces of every word of every sentence, all read in one call."""
+    if not sentences:
+        return []
     encoded = tokenizer(
-        list(words),
+        [list(words) for words in sentences],
         is_split_into_words=True,
         add_special_tokens=False,
         truncation=False,
         verbose=False,
     )
-    pieces: list[list[int]] = [[] for _ in words]
-    for piece, word in zip(encoded["input_ids"], encoded.word_ids(), strict=True):
-        pieces[word].append(piece)
-    return [p or [tokenizer.unk_token_id] for p in pieces]
+    found = []
+    for i, words in enumerate(sentences):
+        pieces: list[list[int]] = [[] for _ in words]
+        for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
+            pieces[word].append(piece)
+        found.append([p or [tokenizer.unk_token_id] for p in pieces])
+    return found
 
 
 def order(data: Rows, size: int, seed: int) -> list[list[int]]:

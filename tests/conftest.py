@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from kdlib.lab import train
 from kdlib.lab.study import Budget, Fitted, Study
 from kdlib.models import Tagger, Transformer
 from kdlib.students import STUDENTS, Lstm, pretrained
@@ -24,8 +25,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """No test reads what another one, or the user, has cached."""
+    """No test reads what another one, or the user, has cached; every evaluation leaves a
+    checkpoint."""
     monkeypatch.setenv("KDLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(train, "KEPT_EVERY", 0)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from torch import Tensor
 from kdlib.crf import LinearChainCRF
 from kdlib.lab import plots, targets, timing
 from kdlib.lab.study import Fitted, Study
+from kdlib.methods import METHODS, Method
 from kdlib.models import Tagger
 from kdlib.students import Thin, pretrained
 from kdlib.teachers.tagger import Taught
@@ -273,7 +274,7 @@ def surrogates(sentences: int = 14_000) -> pd.DataFrame:
 
 
 def students(seconds: float = 40.0) -> pd.DataFrame:
-    """Students of notebook 02 against the teacher's shape, words to entities, on demo sentences."""
+    """Students of notebook 02b against the teacher's shape, words to entities, on demo sentences."""
     parts = corpora.shuffled(corpora.load("demo"), 100, 100)  # speed depends on no training
     shapes = {
         f"{layers} layers, {width} wide": Thin(layers=layers, width=width, feed_forward=units)
@@ -294,10 +295,39 @@ def students(seconds: float = 40.0) -> pd.DataFrame:
     return table
 
 
-BENCHMARKS = {"crf": crf, "gliner": gliner, "surrogates": surrogates, "students": students}
+def updates(rounds: int = 6) -> pd.DataFrame:
+    """One update of a BiLSTM student by method, and of its teacher, on demo sentences."""
+    parts = corpora.shuffled(corpora.load("demo"), 400, 2500)
+    study = Study(parts, Fitted(updates=1, one=True), quiz=80)  # speed depends on no training
+    rows: dict[str, Method | None] = {"teacher": None}
+    rows |= {name: METHODS[name] for name in ("student alone", "top-k", "posterior", "structural")}
+    msd = METHODS["msd"]
+    rows["posterior, teacher read anew"] = msd.tuned(every=0)
+    rows |= {f"msd {way}": msd.tuned(way=way, every=1) for way in ("central", "exact")}
+    rows["msd central, now and then"] = msd.tuned(way="central")
+    plain = {"stored": "posterior", "read anew": "posterior, teacher read anew"}
+    table = timing.of_updates(study, "bilstm", rows, plain, rounds).rename(
+        columns={"row": "method"}
+    )
+    table.insert(0, "operation", "update")
+    table.insert(4, "ratio", (1 / table["time over stored"]).round(2))
+    print(table.to_string(index=False))
+    return table
+
+
+BENCHMARKS = {
+    "crf": crf,
+    "gliner": gliner,
+    "surrogates": surrogates,
+    "students": students,
+    "updates": updates,
+}
 
 
 CAPTIONS = {
+    "updates": "one update of a BiLSTM student by method, in turns, and what a few hold in memory "
+    "at their peak: model, optimizer and a teacher that must be at hand included; ratio = "
+    "posterior's time / this one's",
     "surrogates": "k-best surrogate labels of demo sentences beside the teacher's forward passes, "
     "once each; stored size",
     "inference": "every model in turns on the same texts of 20 words, text to entities; ratio = as "

@@ -110,6 +110,9 @@ def _feed(sha: "hashlib._Hash", part: Any) -> None:
         _feed(sha, sorted(part.items()))
     elif isinstance(part, (list, tuple)):
         sha.update(f"{len(part)}[".encode())
+        if all(type(item) is int for item in part):  # most of what sentences are made of
+            sha.update(repr(part).encode())
+            part = ()
         for item in part:
             _feed(sha, item)
         sha.update(b"]")

@@ -135,7 +135,13 @@ QUESTIONS = {  # a notebook's number, and what its figures answer
     "01": "Can a zero-shot span model teach a small LSTM?",
     "00": "What is there at a glance, and how hard is the demo corpus?",
 }
-SHOWN = ("01_table1", "02_table3", "03_table", "04_table")  # tables that a page prints
+SHOWN = (
+    "01_table1",
+    "02_table3",
+    "03_table",
+    "03_msd_table",
+    "04_table",
+)  # tables that a page prints
 
 
 def gallery(figures: Path = ROOT / "figures") -> None:
@@ -163,14 +169,26 @@ def page(figures: Path) -> str:
 
 
 def _entry(figures: Path, folder: str, stem: str, entry: Mapping[str, Any]) -> list[str]:
-    sources = sorted((ROOT / "notebooks").glob(f"{stem[:2]}_*.ipynb"))
-    drawn = [f"drawn by [{s.stem}](../notebooks/{s.name})" for s in sources[:1]]
+    source = _drawn_by(stem)
+    drawn = [f"drawn by [{source.stem}](../notebooks/{source.name})"] if source else []
     lines = ["", f"**{folder} · {stem}** · {entry['caption']}", ""]
     lines += [f"![{folder}: {entry['caption']}]({folder}/{stem}.svg)", ""] * entry["figure"]
     if stem.startswith(SHOWN):
         lines += [tables.markdown(figures / folder / f"{stem}.csv"), ""]
     told = [f"[{stem}.csv]({folder}/{stem}.csv)", f"seeds: {entry['seeds']}"]
     return [*lines, " · ".join([*told, entry["machine"], f"code {entry['code']}", *drawn])]
+
+
+def _drawn_by(stem: str) -> Path | None:
+    """The notebook that names the figure, suffix left out: the longest name that `stem` begins
+    with."""
+    named = [
+        (name, notebook)
+        for notebook in sorted((ROOT / "notebooks").glob(f"{stem[:2]}*.ipynb"))
+        for name in re.findall(r'"(\d\d_\w+)\\"', notebook.read_text(encoding="utf8"))
+        if stem.startswith(name)
+    ]
+    return max(named, key=lambda pair: len(pair[0]))[1] if named else None
 
 
 def curves(

@@ -49,15 +49,14 @@ def line(run: Run, parts: Parts) -> str:
 
 
 def table(results: Iterable[Run], parts: Parts) -> pd.DataFrame:
-    """One row a run: method, seed, precision, recall, f1, parameters, train_seconds; scores in
-    percent."""
+    """One row a run: method, seed, precision, recall, f1, parameters; scores in percent."""
     rows = []
     for r in results:
         scored = scores.scores(parts.test, r.predicted)
         rows.append(
             {"method": r.method, "seed": r.seed}
             | {name: round(scored[name], 3) for name in ("precision", "recall", "f1")}
-            | {"parameters": r.parameters, "train_seconds": round(r.train_seconds, 1)}
+            | {"parameters": r.parameters}
         )
     return pd.DataFrame(rows)
 
@@ -68,7 +67,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     out = []
     for method, own in rows.groupby("method", sort=False):
         mean, half = scores.interval(own["f1"])
-        means = own[["precision", "recall", "parameters", "train_seconds"]].mean()
+        means = own[["precision", "recall", "parameters"]].mean()
         out.append(
             {"method": method, "seeds": len(own), "f1": mean, "f1_half": half} | means.to_dict()
         )
@@ -241,17 +240,11 @@ def markdown(csv: Path) -> str:
 
 
 def _method_table(rows: pd.DataFrame) -> str:
-    lines = [
-        "| method | test F1 | precision | recall | parameters | training |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| method | test F1 | precision | recall | parameters |", "|---|---|---|---|---|"]
     for name, r in rows.iterrows():
         f1 = f"{r['f1']:.2f}" + (f" ± {r['f1_half']:.2f}" if r["f1_half"] == r["f1_half"] else "")
         size = f"{r['parameters'] / 1e6:.1f} M"
-        lines.append(
-            f"| {name} | {f1} | {r['precision']:.2f} | {r['recall']:.2f} | {size} | "
-            f"{r['train_seconds']:.0f} s |"
-        )
+        lines.append(f"| {name} | {f1} | {r['precision']:.2f} | {r['recall']:.2f} | {size} |")
     return "\n".join(lines)
 
 

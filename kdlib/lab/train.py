@@ -15,6 +15,7 @@ from kdlib.batches import Rows, order
 from kdlib.lab import cache
 
 EVERY = 15.0  # seconds between two lines of a training that goes on
+KEPT_EVERY = 15.0  # least seconds between two checkpoints
 Loss = Callable[[nn.Module, Any, Any, float], Tensor]  # of model, output, batch, share of updates
 
 
@@ -52,10 +53,10 @@ def fit(
     (mean since the last row), whatever `evaluate()` says of the model and seconds of training so
     far, evaluations not counted. With `choose`, the name of one of its scores, higher is better,
     the model is left as it was best; else as it was last. With `checkpoint`, a run that was killed
-    goes on from its last evaluation and ends with the same numbers, and so does a loss that learns
-    itself, which has a `state_dict` as `meta.Feedback` has. FloatingPointError, naming the step,
-    when the loss is not finite. Under `accelerate launch` each batch is shared out among the
-    processes.
+    goes on from one of its last evaluations (files are `KEPT_EVERY` seconds apart) and ends with
+    the same numbers, and so does a loss that learns itself, which has a `state_dict` as
+    `meta.Feedback` has. FloatingPointError, naming the step, when the loss is not finite. Under
+    `accelerate launch` each batch is shared out among the processes.
     """
     if not data.lengths:
         raise ValueError("data: expected at least one sentence to learn from, got none")
@@ -84,6 +85,7 @@ def fit(
     per_epoch = math.ceil(len(data.lengths) / settings.batch_size)
     losses: list[float] = []
     batches, shuffled, told = [], None, time.perf_counter()
+    kept = told
     wrapped.train()
     while state["step"] < settings.steps:
         start = time.perf_counter()
@@ -124,7 +126,9 @@ def fit(
             losses = []
             if choose and said[choose] >= max(row[choose] for row in state["history"]):
                 state["best"] = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            if checkpoint and accelerator.is_main_process:
+            due = time.perf_counter() - kept >= KEPT_EVERY
+            if checkpoint and due and accelerator.is_main_process:
+                kept = time.perf_counter()
                 _save(checkpoint, state, model, optimizer, loss)
     if choose:
         model.load_state_dict(state["best"])

@@ -88,14 +88,16 @@ def predict(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="crf, gliner, inference, students or surrogates.")],
+    name: Annotated[
+        str, typer.Argument(help="crf, gliner, inference, students, surrogates or updates.")
+    ],
 ) -> None:
     """Measure speed side by side in one run, and write figures/bench/NAME.csv.
 
     crf: against pytorch-crf and torch-struct. gliner: the twin tower against GLiNER in torch, ONNX
     and int8. students: small Transformers in turns with their teacher. surrogates: k-best labels
     beside the teacher's forward passes. inference: what a user waits for, GLiNERs, teacher and
-    student, in torch and in onnxruntime.
+    student, in torch and in onnxruntime. updates: what one update costs, by method.
     """
     from kdlib.lab import bench as benchmarks
     from kdlib.ship.bench import inference

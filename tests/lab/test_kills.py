@@ -18,7 +18,8 @@ SCRIPT = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from dataclasses import replace
 from conftest import tiny_study
-from kdlib.lab import cache
+from kdlib.lab import cache, train
+train.KEPT_EVERY = 0
 study = tiny_study(sys.argv[1])
 study = study.with_budget(replace(study.budget, updates=40))
 print("begins", flush=True)

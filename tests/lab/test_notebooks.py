@@ -18,7 +18,7 @@ from kdlib.lab import notebooks as study
 
 NOTEBOOKS = sorted((study.ROOT / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-STEM = "03_meta_structured_distillation"
+STEM = "03a_structured_distillation"
 
 
 @each

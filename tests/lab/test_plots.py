@@ -78,8 +78,14 @@ def test_the_gallery_names_caption_seeds_and_notebook(tmp_path):
     assert (
         "![demo: A caption.](demo/03_x.svg)" in text and "A caption." in text and "seeds: 2" in text
     )
-    assert "03_meta_structured_distillation.ipynb" in text
     assert json.loads((tmp_path / "demo" / "index.json").read_text())["03_x"]["figure"] is True
+
+
+def test_a_figure_is_one_click_from_the_notebook_that_names_it():
+    wanted = {"03_f1_lstm": "03a", "03_msd_table": "03b", "02_stages": "02b", "02_f1": "02a"}
+    for stem, begins in wanted.items():
+        assert plots._drawn_by(stem).name.startswith(begins)
+    assert plots._drawn_by("03_no_such_figure") is None
 
 
 def test_markup_in_a_sentence_shows_as_text():
