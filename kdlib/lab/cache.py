@@ -137,7 +137,7 @@ def spent(stage: str, seconds: float) -> None:
 
 def write(file: Path, content: bytes) -> None:
     """An entry, whole or not at all, after its checksum."""
-    with replacing(file) as aside:
+    with replacing(file, len(content) + 32) as aside:
         aside.write_bytes(hashlib.sha256(content).digest() + content)
 
 

@@ -23,6 +23,7 @@ import torch
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 import kdlib
@@ -250,14 +251,15 @@ def _doublings(axes: Axes, updates: pd.Series) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names at the lines' right ends, pushed apart where they would overlap."""
+    """Names at the lines' right ends, in order and a gap apart, as near to them as that allows:
+    the least squares are an isotonic regression."""
     low, high = axes.get_ylim()
-    gap, last = (high - low) * 0.065, -np.inf
-    for value, x, name, colour in sorted(ends):
-        last = max(value, last + gap)
+    ends, apart = sorted(ends), (high - low) * 0.065 * np.arange(len(ends))
+    places = isotonic_regression(np.array([end[0] for end in ends]) - apart).x + apart
+    for place, (_, x, name, colour) in zip(places, ends, strict=True):
         axes.annotate(
             name,
-            (x, last),
+            (x, place),
             (6, 0),
             textcoords="offset points",
             color=colour,

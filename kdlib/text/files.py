@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written aside, then renamed."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -13,19 +14,38 @@ ROOT = Path(__file__).resolve().parents[2]  # the checkout: data, figures, noteb
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` when the block ends well and vanishes when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{OURS}"))
+def replacing(path: Path, wanted: int | None = None) -> Iterator[Path]:
+    """A path to write to; it becomes `path` when the block ends well and vanishes when not. One
+    OSError that names it, the bytes `wanted` and those free, where the disk is full."""
+    aside = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{OURS}"))
         yield aside / path.name
         made = aside / path.name
         if made.is_file():
             with made.open("rb") as written:  # on the disk before it has a name
                 os.fsync(written.fileno())
         os.replace(made, path)
+    except Exception as error:
+        full = _full(error, path, wanted)
+        if full is None:
+            raise
+        raise full from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _full(error: Exception, path: Path, wanted: int | None) -> OSError | None:
+    """What to say where a disk, or a user's share of it, is full; None for another error."""
+    known = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, "errno", None) not in known and "(os error 28)" not in str(error):
+        return None
+    there = next(folder for folder in path.parents if folder.exists())
+    size = f"{wanted:,} bytes" if wanted else "more"
+    told = f"the disk is full: expected room for {size}, got {shutil.disk_usage(there).free:,} "
+    return OSError(errno.ENOSPC, f"{told}free; nothing was left half-written, make room", str(path))
 
 
 @contextlib.contextmanager
@@ -71,5 +91,6 @@ def _files(folder: Path) -> set[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf8", newline="\n")
+    content = text.encode("utf8")
+    with replacing(path, len(content)) as aside:
+        aside.write_bytes(content)
