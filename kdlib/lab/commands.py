@@ -1,5 +1,7 @@
 """The command line, `python -m kdlib` or `kdlib`."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +50,38 @@ def study(
     for failure in failures:
         typer.echo(f"FAILED {failure}", err=True)
     raise typer.Exit(1 if failures else 0)
+
+
+@app.command()
+def site(
+    out: Annotated[str, typer.Argument(help="A folder.")] = "build/site",
+    repository: Annotated[
+        str, typer.Option(help="https://github.com/NAME/PROJECT, to link to Colab and Binder.")
+    ] = "",
+) -> None:
+    """Write the executed notebooks, findings, gallery and API as pages that need no network.
+
+    Run `kdlib study` first.
+    """
+    from kdlib.lab import pages
+
+    _written(lambda: pages.site(Path(out), repository))
+
+
+@app.command()
+def teach(out: Annotated[str, typer.Argument(help="A folder.")] = "build/class") -> None:
+    """Write what a class needs: notebooks with and without their solutions, a 90-minute path,
+    slides of the findings."""
+    from kdlib.lab import pages
+
+    _written(lambda: pages.teach(Path(out)))
+
+
+def _written(make: Callable[[], Path]) -> None:
+    try:
+        typer.echo(f"written: {make()}")
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()

@@ -89,7 +89,10 @@ def predict(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="crf, gliner, inference, students, surrogates or updates.")
+        str,
+        typer.Argument(
+            help="crf, gliner, inference, shipped_CORPUS, students, surrogates, updates."
+        ),
     ],
 ) -> None:
     """Measure speed side by side in one run, and write figures/bench/NAME.csv.
@@ -98,11 +101,14 @@ def bench(
     and int8. students: small Transformers in turns with their teacher. surrogates: k-best labels
     beside the teacher's forward passes. inference: what a user waits for, GLiNERs, teacher and
     student, in torch and in onnxruntime. updates: what one update costs, by method.
+    shipped_conll2003 (or ncbi_disease, wnut17, from $KDLIB_DATA): ten minutes of `distil` beside
+    spaCy's tagger on the same labels.
     """
     from kdlib.lab import bench as benchmarks
     from kdlib.ship.bench import inference
+    from kdlib.ship.peers import PEERS
 
     try:
-        benchmarks.run(name, benchmarks.BENCHMARKS | {"inference": inference})
-    except ValueError as error:
+        benchmarks.run(name, benchmarks.BENCHMARKS | {"inference": inference} | PEERS)
+    except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -48,10 +48,10 @@ def full(*arguments, **named):
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     there = tmp_path / "a.txt"
     write_text(there, "before")
-    with pytest.raises(OSError, match="the disk is full: expected room for 5 bytes, got [0-9,]+"):
-        with replacing(there, 5) as aside:
-            aside.write_text("af")
-            full()
+    told = "the disk is full: expected room for 5 bytes, got [0-9,]+"
+    with pytest.raises(OSError, match=told), replacing(there, 5) as aside:
+        aside.write_text("af")
+        full()
     assert there.read_text() == "before" and list(tmp_path.iterdir()) == [there]
 
 
