@@ -27,7 +27,9 @@ CORPORA = {  # labelled and transfer sentences, dev, the teacher's updates
 }
 
 
-def shipped(corpus: str, minutes: float = 10.0, steps: int = 5000) -> pd.DataFrame:
+def shipped(
+    corpus: str, minutes: float = 10.0, steps: int = 5000, seconds: float = 30.0
+) -> pd.DataFrame:
     """On a corpus of $KDLIB_DATA: a MiniLM-CRF teacher trained on some of train's labels, the
     student that `kdlib distil` makes of it, these labels and the rest of train as text, and spaCy's
     convolutional tagger (its `efficiency` settings) on the same labels, and with the teacher's
@@ -83,7 +85,7 @@ def shipped(corpus: str, minutes: float = 10.0, steps: int = 5000) -> pd.DataFra
         finds = lambda part, nlp=nlp: _of_spacy(nlp, part)  # noqa: E731
         calls = lambda texts, nlp=nlp: list(nlp.pipe(texts, batch_size=len(texts)))  # noqa: E731
         rows.append(Row("spaCy CNN", on, finds, calls, _megabytes(nlp.path)))
-    gold, timed = [s.spans for s in parts.test], _timed(rows, parts.test[:256])
+    gold, timed = [s.spans for s in parts.test], _timed(rows, parts.test[:256], seconds)
     for row, own in zip(timed, rows, strict=True):
         row["f1"] = round(float(scores.f1(scores.counts(gold, own.finds(parts.test)))), 2)
     table = pd.DataFrame(timed).assign(operation=corpus, updates=card["updates"])
@@ -105,7 +107,7 @@ def _in_torch(tagger: Tagger, texts: list[str]) -> list:
     return tagger.predict([Sentence(tuple(text.split())) for text in texts])
 
 
-def _timed(rows: Sequence[Row], sentences: Sequence[Sentence]) -> list[dict]:
+def _timed(rows: Sequence[Row], sentences: Sequence[Sentence], seconds: float) -> list[dict]:
     """Median milliseconds a text at batch 1 and 32, in turns."""
     texts = [" ".join(s.tokens) for s in sentences]
     told = [{"operation": "", "model": r.model, "learnt from": r.learnt_from} for r in rows]
@@ -115,7 +117,7 @@ def _timed(rows: Sequence[Row], sentences: Sequence[Sentence]) -> list[dict]:
             str(i): lambda at, reads=row.reads, chunks=chunks: reads(chunks[at])
             for i, row in enumerate(rows)
         }
-        taken = timing.in_turns(turns, len(chunks), 30.0)
+        taken = timing.in_turns(turns, len(chunks), seconds)
         for row, ms in zip(told, taken.values(), strict=True):
             row[f"p50_ms, batch {batch}"] = round(float(np.median(ms)) / batch, 3)
     first = told[0]["p50_ms, batch 1"]
