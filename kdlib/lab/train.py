@@ -109,7 +109,7 @@ def fit(
         losses.append(value.item())
         state["step"] += 1
         state["seconds"] += time.perf_counter() - start
-        if time.perf_counter() - told > EVERY:
+        if time.perf_counter() - told > EVERY and state["step"] > 5:  # the first ones read more
             told = time.perf_counter()
             left = state["seconds"] / state["step"] * (settings.steps - state["step"])
             print(
