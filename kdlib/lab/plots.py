@@ -134,6 +134,7 @@ QUESTIONS = {  # a notebook's number, and what its figures answer
     "04": "What do the k best label sequences say that the best one does not?",
     "02": "How small can a Transformer be, and what do its layers teach?",
     "01": "Can a zero-shot span model teach a small LSTM?",
+    "06": "How fast, how small, and why not a faster runtime or spaCy?",
     "00": "What is there at a glance, and how hard is the demo corpus?",
 }
 SHOWN = (
