@@ -43,7 +43,7 @@ def site(out: Path, repository: str = "") -> Path:
 
     FileNotFoundError where `kdlib study` has not run, or a page links to what is not there.
     """
-    stems = [stem for stem in sorted(notebooks.study())]
+    stems = sorted(notebooks.study())
     executed = {stem: notebooks.BUILD / f"{stem}.default.ipynb" for stem in stems}
     missing = [stem for stem, file in executed.items() if not file.exists()]
     if missing:

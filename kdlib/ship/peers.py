@@ -17,6 +17,7 @@ from kdlib.ship import distil, runtime
 from kdlib.ship.export import export
 from kdlib.text import corpora
 from kdlib.text.corpora import Parts
+from kdlib.text.files import replacing
 from kdlib.text.readers import write_json_lines
 from kdlib.text.tags import Sentence, Span
 
@@ -56,10 +57,7 @@ def shipped(
     said = targets.entities(taught, parts.transfer)
     more = [Sentence(s.tokens, tuple(e)) for s, e in zip(parts.transfer, said, strict=True)]
     spacy_on = {"gold": parts.labelled, "gold and the teacher's": parts.labelled + more}
-    pipes = {
-        on: _spacy(home / f"spacy{i}", own, parts, steps)
-        for i, (on, own) in enumerate(spacy_on.items())
-    }
+    pipes = {on: _spacy(home, own, parts, steps) for on, own in spacy_on.items()}
     teacher = taught.tagger.eval()
     export(teacher, home / "teacher_onnx", {})
     rows = [
@@ -135,24 +133,26 @@ def _megabytes(*places: Path) -> float:
 # ---- spaCy ----
 
 
-def _spacy(folder: Path, train: Sequence[Sentence], parts: Parts, steps: int):
-    """spaCy's tagger, best of its evaluations on dev."""
+def _spacy(home: Path, train: Sequence[Sentence], parts: Parts, steps: int):
+    """spaCy's tagger, best of its evaluations on dev; kept under a digest of what it learns."""
     import spacy
     from spacy.cli.init_config import init_config
     from spacy.cli.train import train as fit
 
-    folder.mkdir(exist_ok=True)
-    best = folder / "out" / "model-best"
-    if not (best / "meta.json").is_file():
-        nlp, given = spacy.blank("en"), {}
-        for name, own in {"train": train, "dev": parts.dev}.items():
-            docs = spacy.tokens.DocBin(docs=[_doc(nlp, s) for s in own])
-            docs.to_disk(folder / f"{name}.spacy")
-            given[f"paths.{name}"] = str(folder / f"{name}.spacy")
-        config = init_config(lang="en", pipeline=["ner"], optimize="efficiency")
-        config.to_disk(folder / "config.cfg")
-        fit(folder / "config.cfg", folder / "out", overrides=given | {"training.max_steps": steps})
-    return spacy.load(best)
+    read = [[s.tokens, s.spans] for s in (*train, *parts.dev)]
+    folder = home / f"spacy-{cache.digest(spacy.__version__, read, steps)}"
+    if not folder.exists():
+        with replacing(folder) as aside:
+            aside.mkdir()
+            nlp, given = spacy.blank("en"), {"training.max_steps": steps}
+            for name, own in {"train": train, "dev": parts.dev}.items():
+                docs = spacy.tokens.DocBin(docs=[_doc(nlp, s) for s in own])
+                docs.to_disk(aside / f"{name}.spacy")
+                given[f"paths.{name}"] = str(aside / f"{name}.spacy")
+            config = init_config(lang="en", pipeline=["ner"], optimize="efficiency")
+            config.to_disk(aside / "config.cfg")
+            fit(aside / "config.cfg", aside / "out", overrides=given)
+    return spacy.load(folder / "out" / "model-best")
 
 
 def _doc(nlp, sentence: Sentence):
