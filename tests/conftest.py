@@ -32,6 +32,12 @@ def own_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def quick_cache(tmp_path_factory):
+    """The cache that the notebooks share at their quick profile, as in a study."""
+    return tmp_path_factory.mktemp("quick") / "cache"
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A small BERT with random weights and a letter-piece tokenizer, saved like any pretrained
     encoder."""

@@ -12,7 +12,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Knowledge distillation for named entity recognition: run the study, measure its speed.",
 )
-NOTEBOOKS = "Names or beginnings of names, such as 03; all if none."
+NOTEBOOKS = "Names of notebooks or runs, or beginnings of them, such as 03; all if none."
 PROFILE = "default: each notebook's own parameters, on the demo corpus. quick: seconds, for tests. "
 PROFILE += "full: real corpora, read from $KDLIB_DATA (see data/README.md)."
 
@@ -87,17 +87,22 @@ def _written(make: Callable[[], Path]) -> None:
 @app.command()
 def evidence(
     name: Annotated[str, typer.Argument(help="An experiment of notebooks/evidence.yaml.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this one, `teacher` for the teachers.")
+    ] = None,
+    updates: Annotated[list[int] | None, typer.Option(help="Only this budget.")] = None,
 ) -> None:
     """Make those runs of a long experiment on a real corpus that have no record in data/runs yet.
 
     A run is recorded as it ends; a stopped experiment goes on where it was. Experiments can run at
     once in several processes: on a CPU give each one thread (OMP_NUM_THREADS=1).
 
-    Example: KDLIB_DATA=/corpora OMP_NUM_THREADS=1 kdlib evidence ladder_wikiann
+    Examples: KDLIB_DATA=/corpora OMP_NUM_THREADS=1 kdlib evidence ladder_wikiann;
+    kdlib evidence ladder_wikiann --method pseudo-labels --method posterior --updates 4800
     """
     from kdlib.lab import evidence as experiments
 
     try:
-        experiments.run(name)
+        experiments.run(name, method or [], updates or [])
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None

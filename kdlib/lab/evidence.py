@@ -3,7 +3,7 @@ corpus lies, each run recorded as it ends, and read back from its record everywh
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -97,6 +97,14 @@ def experiments() -> dict[str, Experiment]:
     return {name: Experiment(**row) for name, row in shown.items()}
 
 
+def named(name: str) -> Experiment:
+    """The experiment of this name; ValueError for one that is not there."""
+    known = experiments()
+    if name not in known:
+        raise ValueError(f"experiment: expected one of {list(known)}, got {name!r}")
+    return known[name]
+
+
 def recorded(experiment: Experiment) -> list[tuple[Record, int]]:
     """The runs of an experiment that have a record, with their updates (0: the teacher).
 
@@ -166,19 +174,44 @@ def contrasts(experiment: Experiment) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def run(name: str) -> None:
-    """Make what has no record yet, a line printed and a record written as each run ends.
+def cells(own: Experiment) -> dict[tuple[str, int], list[dict]]:
+    """What one job of a grid makes, all seeds of a method at one budget: (method, updates) -> what
+    its runs declare. The teachers, ("teacher", 0), come first: the others learn from them."""
+    found: dict[tuple[str, int], list[dict]] = {}
+    for method, _, updates, _, told in own.grid():
+        found.setdefault((method.name if method else "teacher", updates), []).append(told)
+    return found
 
-    ValueError for an unknown experiment; FileNotFoundError where its corpus is not here.
+
+def missing(name: str) -> dict[tuple[str, int], list[dict]]:
+    """Those `cells` of an experiment that have not all their records, as a grid of jobs plans."""
+    own = named(name)
+    there = {key(record.declared) for record in records.read(own.corpus)}
+    every = cells(own).items()
+    return {cell: told for cell, told in every if any(key(t) not in there for t in told)}
+
+
+def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ()) -> None:
+    """Make what has no record yet, a line printed and a record written as each run ends; of these
+    methods and budgets alone where some are named ("teacher" and 0 are the teachers').
+
+    ValueError for an unknown experiment, method or budget; FileNotFoundError where its corpus is
+    not here.
     """
-    known = experiments()
-    if name not in known:
-        raise ValueError(f"experiment: expected one of {list(known)}, got {name!r}")
-    own = known[name]
+    own = named(name)
+    for what, asked, there in (
+        ("method", methods, list(dict.fromkeys(method for method, _ in cells(own)))),
+        ("updates", updates, [0, *own.updates]),
+    ):
+        for wrong in set(asked) - set(there):
+            raise ValueError(f"{what}: expected one of {there}, got {wrong!r}")
     corpus = load(own.corpus)
     parts = shuffled(corpus, own.labelled, own.transfer, own.dev, own.test)
     ground = Study(parts, own.teacher, quiz=own.quiz, calibration=True)
-    for method, student, updates, seed, told in own.grid():
+    for method, student, budget, seed, told in own.grid():
+        called = method.name if method else "teacher"
+        if (methods and called not in methods) or (updates and budget not in updates):
+            continue
         there = {key(record.declared) for record in records.read(own.corpus)}
         if key(told) in there:
             continue
@@ -186,7 +219,7 @@ def run(name: str) -> None:
             taught, made = ground.taught(seed)
             measures = doubt(taught, ground)
         else:
-            study = ground.with_budget(own.budget(updates))
+            study = ground.with_budget(own.budget(budget))
             made = study.run(method, student, seed)
             measures = {"agreement": round(agreement(made, study, seed), 3)} if method.needs else {}
         gold = [s.spans for s in parts.test]
@@ -197,7 +230,7 @@ def run(name: str) -> None:
         about = list(parts.types), list(parts.documents), made.parameters, measures, history
         records.add(own.corpus, Record(told, counts, *about))
         f1 = float(scores.f1(counts.sum(1)))
-        print(f"{name}: {updates:6} {made.method:20} seed {seed}: {f1:5.2f}", flush=True)
+        print(f"{name}: {budget:6} {made.method:20} seed {seed}: {f1:5.2f}", flush=True)
 
 
 def agreement(made: Run, study: Study, seed: int) -> float:

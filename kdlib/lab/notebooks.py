@@ -216,20 +216,30 @@ def run(stem: str, parameters: Mapping[str, Any], out: Path) -> Path:
 
 
 def planned(
-    stems: list[str], profile: str, extra: Mapping[str, Any]
+    asked: list[str], profile: str, extra: Mapping[str, Any]
 ) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Run name -> (notebook, checked parameters), everything checked before anything runs;
-    ValueError for what does not fit."""
-    rows = study()
+    """Run name -> (notebook, checked parameters) of those a profile has, or of those whose names
+    begin as asked: 03, or 03a_structured_distillation.full.2 for its second set. Everything is
+    checked before anything runs; ValueError for what does not fit."""
+    rows = {
+        f"{stem}.{profile}" + (f".{i + 1}" if i else ""): (stem, parameters)
+        for stem, profiles in study().items()
+        for i, parameters in enumerate(profiles.get(profile, []))
+    }
+    wanted = set() if asked else set(rows)
+    for a in asked:
+        found = {a} & rows.keys() or {name for name in rows if name.startswith(a)}
+        if not found:
+            raise ValueError(
+                f"--profile {profile}: no run {a!r}: expected the beginning of one of {list(rows)}"
+            )
+        wanted |= found
+    kept = BUILD if profile == "quick" else ROOT  # only whole runs leave evidence
     runs: dict[str, tuple[str, dict[str, Any]]] = {}
-    for stem in stems:
-        for i, parameters in enumerate(rows[stem].get(profile, [])):
-            name = f"{stem}.{profile}" + (f".{i + 1}" if i else "")
-            kept = BUILD if profile == "quick" else ROOT  # only whole runs leave evidence
-            where = {"figures": str(kept / "figures")} if "figures" in declared(stem) else {}
-            runs[name] = stem, _absolute(check(stem, parameters | where | dict(extra)))
-    if not runs:
-        raise ValueError(f"--profile: expected one that {stems} have, got {profile!r}")
+    for name in (name for name in rows if name in wanted):
+        stem, parameters = rows[name]
+        where = {"figures": str(kept / "figures")} if "figures" in declared(stem) else {}
+        runs[name] = stem, _absolute(check(stem, parameters | where | dict(extra)))
     return runs
 
 
@@ -296,10 +306,11 @@ def run_all(
     if all(Path(p.get("figures", figures)) != figures for _, p in runs.values()):
         return failures  # nothing of it is evidence
     try:
-        if seconds:
-            _write_times(seconds)
-        plots.gallery()
-        update_readme(ROOT / "README.md", claims.write(ROOT))
+        with cache.locked(figures / "README.md"):  # a grid of jobs ends here many times
+            if seconds:
+                _write_times(seconds)
+            plots.gallery()
+            update_readme(ROOT / "README.md", claims.write(ROOT))
     except (OSError, ValueError, KeyError) as error:  # a damaged index, say
         failures.append(f"figures/: {type(error).__name__}: {error}")
     return failures
@@ -367,16 +378,6 @@ def update_readme(readme: Path, known: pd.DataFrame) -> None:
     write_text(readme, claims.fill(readme.read_text(encoding="utf8"), known))
 
 
-def matching(asked: list[str], known: list[str]) -> list[str]:
-    """Notebooks by name or by the beginning of it ('03'); ValueError for one that is not there."""
-    if not asked:
-        return known
-    for a in asked:
-        if not any(stem.startswith(a) for stem in known):
-            raise ValueError(f"no notebook {a!r}: expected the beginning of one of {known}")
-    return [stem for stem in known if any(stem.startswith(a) for a in asked)]
-
-
 def command(
     names: list[str], profile: str, pairs: list[str], force: bool, jobs: int | None
 ) -> list[str]:
@@ -391,7 +392,7 @@ def command(
     for name in ("KDLIB_DATA", "KDLIB_CACHE"):
         if os.environ.get(name):
             os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
-    runs = planned(matching(names, list(study())), profile, extra)
+    runs = planned(names, profile, extra)
     for stem, parameters in runs.values():
         key(stem, parameters)  # finds the data, or says what is missing
     return run_all(runs, force, jobs or min(os.cpu_count() or 1, len(runs)))

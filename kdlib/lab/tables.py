@@ -158,9 +158,9 @@ def paper_table(
 
 
 def histories(results: Iterable[Run]) -> pd.DataFrame:
-    """Every evaluation of every run."""
+    """Every evaluation of every run, its seconds left out: they are the machine's."""
     rows = [{"method": r.method, "seed": r.seed} | row for r in results for row in r.history]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).drop(columns="seconds")
 
 
 def _rounded(scored: dict[str, float]) -> dict[str, float]:

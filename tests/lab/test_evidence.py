@@ -57,6 +57,22 @@ def test_a_stopped_experiment_goes_on(at_hand):
     assert at_hand.read_text() == whole  # from the cache, to the last bit
 
 
+def test_the_cells_of_a_grid_make_the_whole_experiment(at_hand):
+    """Each as a job of its own, the teachers first, as the Snakefile runs them."""
+    evidence.run("own")
+    whole = sorted(at_hand.read_text().splitlines())
+    at_hand.unlink()
+    cells = evidence.cells(OWN)
+    assert list(cells)[:2] == [("teacher", 0), ("student alone", 2)] and len(cells) == 7
+    for method, updates in reversed(cells):
+        evidence.run("own", [method], [updates])
+    assert sorted(at_hand.read_text().splitlines()) == whole
+    with pytest.raises(ValueError, match="method: expected one of .*'one best'.*, got 'top-k'"):
+        evidence.run("own", ["top-k"])
+    with pytest.raises(ValueError, match=r"updates: expected one of \[0, 2, 3\], got 4"):
+        evidence.run("own", [], [4])
+
+
 def test_an_unknown_experiment_and_a_damaged_record_are_errors(at_hand):
     with pytest.raises(ValueError, match=r"expected one of \['own'\], got 'other'"):
         evidence.run("other")

@@ -77,7 +77,8 @@ def test_its_pictures_links_and_claims_are_there(path):
 
 @pytest.mark.notebook
 @each
-def test_runs_at_quick(path, tmp_path):
+def test_runs_at_quick(path, tmp_path, quick_cache, monkeypatch):
+    monkeypatch.setenv("KDLIB_CACHE", str(quick_cache))
     for parameters in study.study()[path.stem]["quick"]:
         extra = (
             {"figures": str(tmp_path / "figures")} if "figures" in study.declared(path.stem) else {}
@@ -237,8 +238,17 @@ def test_quick_leaves_the_figures_alone_and_folders_are_made_absolute(tmp_path, 
     ((_, parameters),) = study.planned(["06_distil_your_own"], "default", given).values()
     there = {"text": str(tmp_path / "t.txt"), "out": str(tmp_path / "o"), "gold": ""}
     assert parameters == there | {"figures": str(study.ROOT / "figures")}
-    with pytest.raises(ValueError, match=r"--profile: expected one that .*, got 'full'"):
+    with pytest.raises(ValueError, match=r"--profile full: no run '00_start_here'"):
         study.planned(["00_start_here"], "full", {})
+
+
+def test_one_parameter_set_can_be_asked_for_by_the_name_of_its_run():
+    whole = study.planned(["03a"], "full", {})
+    assert len(whole) > 2 and all(name.startswith("03a_structured_dist") for name in whole)
+    for name, run in whole.items():
+        assert study.planned([name], "full", {}) == {name: run}
+    both = list(study.planned(["03a", "00"], "default", {}))
+    assert both == ["03a_structured_distillation.default", "00_start_here.default"]
 
 
 def test_a_run_depends_on_its_local_models_files(tmp_path):
@@ -277,7 +287,7 @@ def test_two_studies_in_one_folder_do_not_share_sockets(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["07"], "no notebook '07'"),
+        (["07"], "no run '07'"),
         (["03", "--set", "nope=1"], "declares no parameter"),
         (["--set", "x"], "expected NAME=VALUE, got 'x'"),
         (["03", "--set", "dataset=no"], "no data set"),
