@@ -178,8 +178,8 @@ def cells(own: Experiment) -> dict[tuple[str, int], list[dict]]:
     """What one job of a grid makes, all seeds of a method at one budget: (method, updates) -> what
     its runs declare. The teachers, ("teacher", 0), come first: the others learn from them."""
     found: dict[tuple[str, int], list[dict]] = {}
-    for method, _, updates, _, told in own.grid():
-        found.setdefault((method.name if method else "teacher", updates), []).append(told)
+    for _, _, updates, _, told in own.grid():
+        found.setdefault((told["method"], updates), []).append(told)
     return found
 
 
@@ -209,8 +209,7 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
     parts = shuffled(corpus, own.labelled, own.transfer, own.dev, own.test)
     ground = Study(parts, own.teacher, quiz=own.quiz, calibration=True)
     for method, student, budget, seed, told in own.grid():
-        called = method.name if method else "teacher"
-        if (methods and called not in methods) or (updates and budget not in updates):
+        if (methods and told["method"] not in methods) or (updates and budget not in updates):
             continue
         there = {key(record.declared) for record in records.read(own.corpus)}
         if key(told) in there:

@@ -34,7 +34,7 @@ def snakemake(home, *arguments, **config):
 
 @pytest.fixture
 def home(tmp_path):
-    """A project with this kdlib, two notebooks of one line and an experiment of five runs."""
+    """A project with this kdlib, two notebooks of one line and an experiment of six runs."""
     shutil.copytree(ROOT / "kdlib", tmp_path / "kdlib")
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "figures").mkdir()
