@@ -51,6 +51,18 @@ def test_every_parameter_is_declared_with_help_and_used(path):
 
 
 @each
+def test_no_cell_overwrites_a_parameter(path):
+    """What stands in the parameters cell is what the whole notebook means by the name."""
+    declared = set(pm.inspect_notebook(path))
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            body = ast.parse(cell.source).body
+            top = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+            names = {n.id for t in top for n in ast.walk(t) if isinstance(n, ast.Name)}
+            assert not names & declared, cell.source
+
+
+@each
 def test_no_measured_number_stands_in_the_prose(path):
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "markdown":
