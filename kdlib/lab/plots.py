@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import display
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
@@ -30,6 +30,8 @@ import kdlib
 from kdlib.lab import cache, scores, tables
 from kdlib.losses import Surrogates
 from kdlib.methods import METHODS
+from kdlib.models import Tagger
+from kdlib.text.corpora import Parts, printable
 from kdlib.text.files import ROOT, replacing, write_text
 from kdlib.text.tags import Span
 
@@ -47,6 +49,7 @@ COLOURS |= {  # what notebooks call a method, or one grain of it
     "distilled student": COLOURS["soft targets"],
     "distilled, same text": "#e78bb0",
 }
+PALETTE = ("#f4c7a1", "#b5d3e7", "#cdb7e0", "#f1b3b8", "#bfe0b4", "#e6d690", "#c9c9c9", "#a9d6d0")
 
 
 @dataclass
@@ -78,6 +81,22 @@ class Album:
         caption = f"{caption} {self.about}." if self.about else caption
         seeds = self.seeds if seeds is None else seeds
         save(self.folder / f"{stem}{self.suffix}", table, caption, figure, seeds)
+
+    def scores(self, stem: str, rows: pd.DataFrame, caption: str) -> None:
+        """Draw and save the test F1 of `tables.table`: `dots` of every method, teacher first."""
+        order = list(rows["method"].unique())
+        figure, axes = plt.subplots(figsize=(6.4, 0.8 + 0.5 * len(order)))
+        dots(axes, rows, "f1", order)
+        axes.set(xlabel="test F1 (%)", title="Mean, 95 % interval, one tick a seed")
+        self.save(stem, rows[["method", "seed", "f1"]], caption, figure)
+
+    def differences(self, stem: str, compared: pd.DataFrame, caption: str) -> None:
+        """Draw and save `tables.paired`: `differences` line by line."""
+        figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.36 * len(compared)))
+        differences(axes, compared)
+        axes.set(xlabel="difference in test F1 (points)")
+        axes.set_title("Capped bars: over sentences. Thin lines: over seeds")
+        self.save(stem, compared, caption, figure)
 
 
 def style() -> None:
@@ -405,6 +424,49 @@ def heat(
             fontsize=8,
             color="white" if abs(value) > 0.6 * bound else "black",
         )
+
+
+def pushes(
+    losses: Mapping[str, Tensor], guess: Tensor, words: Sequence[str], names: Sequence[str]
+) -> tuple[Figure, pd.DataFrame]:
+    """Minus the gradient of each loss for one sentence's emissions [1, n, K]: red asks for more of
+    a label. A `heat` a loss, and the numbers, a row a word and loss."""
+    figure, axes = plt.subplots(1, len(losses), figsize=(11.5, 2.6), sharey=True)
+    rows = []
+    for axis, (name, loss) in zip(axes, losses.items(), strict=True):
+        push = -torch.autograd.grad(loss, guess, retain_graph=True)[0][0]
+        heat(axis, push, words, names, name, signed=True)
+        axis.tick_params(axis="x", labelsize=8)
+        rows.append(pd.DataFrame(push.numpy(), columns=names).assign(word=words, loss=name))
+    return figure, pd.concat(rows, ignore_index=True)
+
+
+def type_colours(types: Iterable[str]) -> dict[str, str]:
+    """A pale colour for each type of entity, in order; from the ninth on they repeat."""
+    return dict(zip(types, itertools.cycle(PALETTE)))
+
+
+def side_by_side(parts: Parts, results: Sequence[tables.Run], tagger: Tagger, dataset: str) -> None:
+    """A test sentence, which a slider chooses, as gold and each method tell it at the first seed,
+    entities in colour; at first the sentence with the word of which `tagger` is least sure."""
+    sure = [words.amax(1).min() for words in tagger.marginals(tagger.encode(parts.test))]
+    colours, first = type_colours(parts.types), min(r.seed for r in results)
+
+    def told(sentence: int) -> HTML:
+        gold = parts.test[sentence]
+        says = {r.method: r.predicted[sentence] for r in results if r.seed == first}
+        words = printable(dataset, gold.tokens)
+        cells = [
+            f'<tr><td style="text-align:right"><b>{escape(who)}</b></td>'
+            f'<td style="text-align:left">{entities_html(words, spans, colours)}</td></tr>'
+            for who, spans in [("gold", gold.spans), *says.items()]
+        ]
+        return HTML(f"<table>{''.join(cells)}</table>")
+
+    from ipywidgets import IntSlider
+
+    last = len(parts.test) - 1
+    live(told, sentence=IntSlider(value=int(torch.stack(sure).argmin()), max=last))
 
 
 def live(draw: Callable[..., Any], **controls: "Widget") -> None:  # noqa: F821

@@ -10,6 +10,7 @@ import pandas as pd
 
 from kdlib.lab import scores
 from kdlib.text.corpora import Parts
+from kdlib.text.files import ROOT
 from kdlib.text.tags import Sentence, Span
 
 
@@ -117,6 +118,19 @@ def compare(
     return differences(counted(results, reference), baseline)
 
 
+def paired(
+    results: Sequence[Run], parts: Parts, against: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """`compare` with each baseline of `against` in turn, of the methods it names alone."""
+    found = [compare(results, parts, base).query("method in @own") for base, own in against.items()]
+    return pd.concat(found, ignore_index=True)
+
+
+def shown(compared: pd.DataFrame) -> pd.Series:
+    """Whether both intervals of a difference, over sentences and over seeds, leave out 0."""
+    return _apart(compared, "") & _apart(compared, "seeds_")
+
+
 def counted(results: Iterable[Run], reference: scores.Entities) -> Counted:
     """The runs' counts against a reference of the test sentences."""
     found: dict[str, dict[int, np.ndarray]] = {}
@@ -155,6 +169,14 @@ def paper_table(
             row = {"model": r.method, "seed": r.seed, "reference": name} | _rounded(own)
             rows.append(row | {"parameters": r.parameters})
     return pd.concat([by_reference([last], sentences, references), pd.DataFrame(rows)])
+
+
+def printed(stem: str) -> pd.DataFrame:
+    """A paper's table, data/papers/STEM.csv, by method; beside its F1 the one that follows from its
+    own precision and recall."""
+    table = pd.read_csv(ROOT / "data" / "papers" / f"{stem}.csv").set_index("method")
+    p, r = table["precision"], table["recall"]
+    return table.assign(**{"f1 from p and r": 2 * p * r / (p + r)})
 
 
 def histories(results: Iterable[Run]) -> pd.DataFrame:
@@ -222,8 +244,8 @@ def contrasts(counted: Counted) -> pd.DataFrame:
     if len(table):
         table["holm"] = scores.holm(table["p"])
         equal = table.pop("equal")
-        shown = (table["holm"] < 0.05) & _apart(table, "") & _apart(table, "seeds_")
-        table["verdict"] = np.where(shown, "shown", np.where(equal, "equal", "not shown"))
+        sure = (table["holm"] < 0.05) & shown(table)
+        table["verdict"] = np.where(sure, "shown", np.where(equal, "equal", "not shown"))
     return table
 
 

@@ -134,3 +134,14 @@ def test_a_lattice_shows_every_count_and_dashes_what_is_only_legal():
         ((1, 2), "--"),
     }  # O I is no IOB2, B O is in no path
     assert [t.get_text() for t in axes.get_yticklabels()] == ["I-X", "B-X", "O"]
+
+
+def test_pushes_are_minus_the_gradient_of_each_loss():
+    guess = torch.tensor([[[0.3, -0.2], [0.1, 0.5]]], requires_grad=True)
+    figure, pushed = plots.pushes(
+        {"square": guess.square().sum(), "sum": guess.sum()}, guess, ["a", "b"], ["O", "B-X"]
+    )
+    assert [axis.get_title() for axis in figure.axes] == ["square", "sum"]
+    square = pushed.query("loss == 'square'")[["O", "B-X"]].to_numpy()
+    assert torch.allclose(torch.tensor(square), -2 * guess.detach()[0])
+    assert (pushed.query("loss == 'sum'")[["O", "B-X"]] == -1).all(axis=None)

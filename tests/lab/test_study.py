@@ -3,13 +3,14 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import CORPUS, SENTENCES, tiny_study
 from transformers import BertConfig, BertForTokenClassification, BertTokenizerFast
 
 from kdlib import losses
-from kdlib.lab import cache, scores, tables, targets, train
+from kdlib.lab import cache, plots, scores, tables, targets, train
 from kdlib.lab.study import Fitted, Study
 from kdlib.losses import surrogate_labels
 from kdlib.methods import METHODS, Lacks, Lesson, chosen
@@ -375,8 +376,36 @@ def test_the_tables_hold_what_the_runs_say(study):
     assert summed.loc["posterior", "seeds"] == 2
     compared = tables.compare(runs, study.parts)
     assert set(compared["method"]) == {"teacher", "posterior"}
+    paired = tables.paired(runs, study.parts, {"teacher": ["posterior"], "student alone": []})
+    assert [(r.method, r.against) for r in paired.itertuples()] == [("posterior", "teacher")]
     closer = tables.closer_look(runs, study.parts).set_index("method")
     assert closer.loc["teacher", "agreement with teacher"] == 100
+
+
+def test_shown_is_what_both_intervals_leave_out_0():
+    rows = [(1, 2, 1, 2), (-2, -1, -2, -1), (-1, 2, 1, 2), (1, 2, -1, 2), (1, 2, np.nan, np.nan)]
+    compared = pd.DataFrame(rows, columns=["low", "high", "seeds_low", "seeds_high"])
+    assert tables.shown(compared).tolist() == [True, True, False, False, False]
+
+
+def test_a_papers_table_has_its_f1_recomputed():
+    paper = tables.printed("msd_table1_conll2003")
+    p, r = paper.loc["teacher", ["precision", "recall"]]
+    assert paper.loc["teacher", "f1 from p and r"] == pytest.approx(2 / (1 / p + 1 / r))
+
+
+def test_a_sentence_side_by_side_begins_where_the_teacher_doubts(study, monkeypatch):
+    monkeypatch.setenv(plots.BATCH, "1")
+    seen = []
+    monkeypatch.setattr(plots, "display", lambda html: seen.append(html.data))
+    runs, tagger = study.runs(["teacher", "student alone"], ["bilstm"], [0]), study.taught(0)[0]
+    plots.side_by_side(study.parts, runs, tagger.tagger, "own")
+    sure = [
+        m.amax(1).min() for m in tagger.tagger.marginals(tagger.tagger.encode(study.parts.test))
+    ]
+    doubted = study.parts.test[int(np.argmin(sure))]
+    assert all(word in seen[0] for word in doubted.tokens)
+    assert [who in seen[0] for who in ("gold", "teacher", "student alone")] == [True] * 3
 
 
 def test_mass_of_k_best_grows_to_all(study):
