@@ -137,11 +137,12 @@ def test_a_lattice_shows_every_count_and_dashes_what_is_only_legal():
 
 
 def test_pushes_are_minus_the_gradient_of_each_loss():
+    plots.style()  # titles stand on the left
     guess = torch.tensor([[[0.3, -0.2], [0.1, 0.5]]], requires_grad=True)
     figure, pushed = plots.pushes(
         {"square": guess.square().sum(), "sum": guess.sum()}, guess, ["a", "b"], ["O", "B-X"]
     )
-    assert [axis.get_title() for axis in figure.axes] == ["square", "sum"]
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["square", "sum"]
     square = pushed.query("loss == 'square'")[["O", "B-X"]].to_numpy()
     assert torch.allclose(torch.tensor(square), -2 * guess.detach()[0])
     assert (pushed.query("loss == 'sum'")[["O", "B-X"]] == -1).all(axis=None)
