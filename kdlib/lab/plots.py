@@ -4,6 +4,8 @@ Teacher grey, student alone blue, distilled orange and its neighbours: a method 
 everywhere.
 """
 
+import base64
+import io
 import itertools
 import json
 import os
@@ -471,22 +473,45 @@ def side_by_side(parts: Parts, results: Sequence[tables.Run], tagger: Tagger, da
 
 def live(draw: Callable[..., Any], **controls: "Widget") -> None:  # noqa: F821
     """Show what `draw(**values)` makes, a figure or HTML, now and at every move of a control; in a
-    batch run once, without widgets, which nobody could move."""
+    batch run once, without widgets, which nobody could move. What draw raises is shown and raised.
 
-    def show(**values: Any) -> None:
-        drawn = draw(**values)
-        display(drawn)
-        if isinstance(drawn, Figure):
-            plt.close(drawn)
+    The picture is the value of one widget: JupyterLab handles moves beside the running cell, where
+    captured output lands below another cell.
+    """
+
+    def drawn() -> Any:
+        return draw(**{name: control.value for name, control in controls.items()})
 
     if os.environ.get(BATCH):
-        show(**{name: control.value for name, control in controls.items()})
+        display(drawn())
+        plt.close("all")
         return
-    from ipywidgets import VBox, interactive_output
+    import ipywidgets
+
+    picture = ipywidgets.HTML()
+
+    def show(_: Any = None) -> None:
+        try:
+            picture.value = _html(drawn())
+        except Exception as error:
+            picture.value = f"<pre>{escape(f'{type(error).__name__}: {error}')}</pre>"
+            raise
 
     for name, control in controls.items():
         control.description = control.description or name
-    display(VBox([*controls.values(), interactive_output(show, controls)]))
+        control.observe(show, "value")
+    show()
+    display(ipywidgets.VBox([*controls.values(), picture]))
+
+
+def _html(drawn: Any) -> str:
+    """A figure, which is closed, or HTML as the text of a page."""
+    if not isinstance(drawn, Figure):
+        return drawn.data
+    png = io.BytesIO()
+    drawn.savefig(png, format="png")
+    plt.close(drawn)
+    return f'<img src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 
 def entities_html(tokens: Sequence[str], spans: Sequence[Span], colours: Mapping[str, str]) -> str:

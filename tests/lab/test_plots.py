@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from ipywidgets import IntSlider
 
 from kdlib.crf import LinearChainCRF, legal_iob2
 from kdlib.lab import plots
@@ -146,3 +147,34 @@ def test_pushes_are_minus_the_gradient_of_each_loss():
     square = pushed.query("loss == 'square'")[["O", "B-X"]].to_numpy()
     assert torch.allclose(torch.tensor(square), -2 * guess.detach()[0])
     assert (pushed.query("loss == 'sum'")[["O", "B-X"]] == -1).all(axis=None)
+
+
+def test_a_live_picture_follows_its_control_and_tells_an_error(monkeypatch):
+    monkeypatch.delenv(plots.BATCH, raising=False)
+    plt.close("all")
+    boxes = []
+    monkeypatch.setattr(plots, "display", boxes.append)
+
+    def draw(n):
+        if n == 3:
+            raise ValueError("n: expected at most 2, got <3>")
+        return plt.figure() if n == 2 else plots.HTML(f"n is {n}")
+
+    control = IntSlider(value=1, max=3)
+    plots.live(draw, n=control)
+    slider, picture = boxes[0].children
+    assert (slider.description, picture.value) == ("n", "n is 1")
+    control.value = 2
+    assert picture.value.startswith('<img src="data:image/png;base64,')
+    assert not plt.get_fignums()
+    with pytest.raises(ValueError, match="at most 2"):
+        control.value = 3
+    assert picture.value == "<pre>ValueError: n: expected at most 2, got &lt;3&gt;</pre>"
+
+
+def test_a_live_picture_is_drawn_once_in_a_batch(monkeypatch):
+    monkeypatch.setenv(plots.BATCH, "1")
+    seen = []
+    monkeypatch.setattr(plots, "display", seen.append)
+    plots.live(lambda n: plots.HTML(f"n is {n}"), n=IntSlider(value=1))
+    assert [html.data for html in seen] == ["n is 1"]
