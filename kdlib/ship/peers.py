@@ -1,7 +1,7 @@
 """`python -m kdlib bench shipped_conll2003`: ten minutes of distillation on a real corpus, beside
 spaCy's own tagger trained on the same labels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from kdlib.lab.study import Fitted, Study
 from kdlib.models import Tagger
 from kdlib.ship import distil, runtime
 from kdlib.ship.export import export
+from kdlib.teachers.gliner import Told
+from kdlib.teachers.tagger import Taught
 from kdlib.text import corpora
 from kdlib.text.corpora import Parts
 from kdlib.text.files import replacing
@@ -47,42 +49,8 @@ def shipped(
     home.mkdir(parents=True, exist_ok=True)
     taught, _ = Study(parts, Fitted(updates)).taught(0)
     taught.tagger.save_pretrained(home / "teacher")
-    write_json_lines(home / "text.jsonl", parts.transfer)
-    write_json_lines(home / "gold.jsonl", parts.labelled)
-    gate = distil.Gate(0, 0)
-    files = home / "text.jsonl", (), home / "gold.jsonl"
-    card = distil.distil(
-        str(home / "teacher"), home / "student", *files, minutes=minutes, gate=gate
-    )
-    said = targets.entities(taught, parts.transfer)
-    more = [Sentence(s.tokens, tuple(e)) for s, e in zip(parts.transfer, said, strict=True)]
-    spacy_on = {"gold": parts.labelled, "gold and the teacher's": parts.labelled + more}
-    pipes = {on: _spacy(home, own, parts, steps) for on, own in spacy_on.items()}
-    teacher = taught.tagger.eval()
-    export(teacher, home / "teacher_onnx", {})
-    rows = [
-        Row(
-            "MiniLM-CRF, the teacher, torch",
-            "gold",
-            teacher.predict,
-            lambda texts: _in_torch(teacher, texts),
-            _megabytes(home / "teacher"),
-        )
-    ]
-    whole, small = "model.onnx", "model_int8.onnx"
-    for name, on, folder, file in (
-        ("the teacher, ONNX", "gold", "teacher_onnx", whole),
-        ("the teacher, ONNX int8", "gold", "teacher_onnx", small),
-        ("BiLSTM-CRF student, ONNX int8", "gold and the teacher's", "student", small),
-    ):
-        tagger = runtime.load(home / folder, int8=file == small)
-        files = (home / folder / "onnx" / file, home / folder / "tokenizer.json")
-        finds = lambda part, tagger=tagger: distil.predict(tagger, part)  # noqa: E731
-        rows.append(Row(name, on, finds, tagger.inference, _megabytes(*files)))
-    for on, nlp in pipes.items():
-        finds = lambda part, nlp=nlp: _of_spacy(nlp, part)  # noqa: E731
-        calls = lambda texts, nlp=nlp: list(nlp.pipe(texts, batch_size=len(texts)))  # noqa: E731
-        rows.append(Row("spaCy CNN", on, finds, calls, _megabytes(nlp.path)))
+    card = _distilled(home, parts, minutes)
+    rows = [*_ours(home, taught.tagger.eval()), *_spacys(home, parts, taught, steps)]
     gold, timed = [s.spans for s in parts.test], _timed(rows, parts.test[:256], seconds)
     for row, own in zip(timed, rows, strict=True):
         row["f1"] = round(float(scores.f1(scores.counts(gold, own.finds(parts.test)))), 2)
@@ -101,8 +69,46 @@ class Row(NamedTuple):
     megabytes: float
 
 
-def _in_torch(tagger: Tagger, texts: list[str]) -> list:
-    return tagger.predict([Sentence(tuple(text.split())) for text in texts])
+def _distilled(home: Path, parts: Parts, minutes: float) -> dict:
+    """The card of the student that lies in home/student."""
+    write_json_lines(home / "text.jsonl", parts.transfer)
+    write_json_lines(home / "gold.jsonl", parts.labelled)
+    files = home / "text.jsonl", (), home / "gold.jsonl"
+    teacher, out, gate = str(home / "teacher"), home / "student", distil.Gate(0, 0)
+    return distil.distil(teacher, out, *files, minutes=minutes, gate=gate)
+
+
+def _ours(home: Path, teacher: Tagger) -> Iterator[Row]:
+    """The teacher in torch, in ONNX and in int8, and its student."""
+
+    def in_torch(texts: list[str]) -> list:
+        return teacher.predict([Sentence(tuple(text.split())) for text in texts])
+
+    name, size = "MiniLM-CRF, the teacher, torch", _megabytes(home / "teacher")
+    yield Row(name, "gold", teacher.predict, in_torch, size)
+    export(teacher, home / "teacher_onnx", {})
+    whole, small = "model.onnx", "model_int8.onnx"
+    for name, on, folder, file in (
+        ("the teacher, ONNX", "gold", "teacher_onnx", whole),
+        ("the teacher, ONNX int8", "gold", "teacher_onnx", small),
+        ("BiLSTM-CRF student, ONNX int8", "gold and the teacher's", "student", small),
+    ):
+        tagger = runtime.load(home / folder, int8=file == small)
+        files = (home / folder / "onnx" / file, home / folder / "tokenizer.json")
+        finds = lambda part, tagger=tagger: distil.predict(tagger, part)  # noqa: E731
+        yield Row(name, on, finds, tagger.inference, _megabytes(*files))
+
+
+def _spacys(home: Path, parts: Parts, teacher: Taught | Told, steps: int) -> Iterator[Row]:
+    """spaCy on gold alone, and with the teacher's labels of the transfer text."""
+    said = targets.entities(teacher, parts.transfer)
+    more = [Sentence(s.tokens, tuple(e)) for s, e in zip(parts.transfer, said, strict=True)]
+    learnt = {"gold": parts.labelled, "gold and the teacher's": parts.labelled + more}
+    for on, own in learnt.items():
+        nlp = _spacy(home, own, parts, steps)
+        finds = lambda part, nlp=nlp: _of_spacy(nlp, part)  # noqa: E731
+        calls = lambda texts, nlp=nlp: list(nlp.pipe(texts, batch_size=len(texts)))  # noqa: E731
+        yield Row("spaCy CNN", on, finds, calls, _megabytes(nlp.path))
 
 
 def _timed(rows: Sequence[Row], sentences: Sequence[Sentence], seconds: float) -> list[dict]:
