@@ -24,7 +24,7 @@ FACE = ("crf", "losses", "methods", "batches", "models", "twin_tower", "lab.stud
 FORMULA = re.compile(
     r"(```.*?```|`[^`]*`)|\$\$(.+?)\$\$|(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$", re.DOTALL
 )
-LINK = re.compile(r'(href|src)="(?!https?:|data:|mailto:|#)([^"#]+)(#[^"]*)?"')
+LINK = re.compile(r'(<\w[^<>]*\s(?:href|src)=")(?!https?:|data:|mailto:|#)([^"#]+)(#[^"]*)?"')
 STYLE = """
 body { max-width: 56rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5; color: #222;
        font-family: system-ui, sans-serif }
@@ -135,22 +135,22 @@ def _linked(body: str, source: Path, folder: Path) -> str:
     copies in it."""
 
     def turned(found: re.Match) -> str:
-        kind, target, place = found.groups()
+        begins, target, place = found.groups()
         file = (source.parent / target).resolve()
         if not file.exists() or not file.is_relative_to(ROOT):
             raise FileNotFoundError(f"{source.name} links to {target}: expected a file there")
         inside = str(file.relative_to(ROOT))
         if inside in PAGES:
-            return f'{kind}="{PAGES[inside]}.html{place or ""}"'
+            return f'{begins}{PAGES[inside]}.html{place or ""}"'
         if file.suffix == ".ipynb":
-            return f'{kind}="{file.stem}.html"'
+            return f'{begins}{file.stem}.html"'
         if inside.startswith("kdlib"):
-            return f'{kind}="api.html"'
+            return f'{begins}api.html"'
         copy = folder / "files" / inside
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists():
             shutil.copy(file, copy)
-        return f'{kind}="files/{inside}"'
+        return f'{begins}files/{inside}"'
 
     return LINK.sub(turned, body)
 

@@ -71,6 +71,8 @@ def test_without_executed_notebooks_the_site_says_what_to_run(tmp_path, monkeypa
 def test_a_link_to_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="README.md links to no/such.md"):
         pages._linked('<a href="no/such.md">x</a>', ROOT / "README.md", tmp_path)
+    shown = '<pre>HTML(value=&lt;img src="no/such.png"&gt;)</pre>'  # a cell's text, no tag
+    assert pages._linked(shown, ROOT / "README.md", tmp_path) == shown
 
 
 def test_a_class_has_notebooks_with_and_without_solutions(tmp_path):
