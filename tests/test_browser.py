@@ -85,12 +85,15 @@ def lab(tmp_path_factory, quick_cache):
         log.open("w") as said,
         subprocess.Popen(command, env=os.environ | own, stderr=said) as server,
     ):
-        for _ in range(240):
-            if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
-                break
-            time.sleep(0.5)
-        yield found[0], home / "notebooks"
-        server.terminate()
+        try:
+            for _ in range(240):
+                if found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
+                    break
+                time.sleep(0.5)
+            assert found, log.read_text()
+            yield found[0], home / "notebooks"
+        finally:
+            server.terminate()
 
 
 def shown(page, name):
@@ -117,6 +120,7 @@ def moved(page):
                 handle.press("ArrowLeft" if now == end else "ArrowRight")
             changed = next((True for _ in range(300) if differs(page, picture, before)), False)
             told[changed].append(control.locator(".widget-label").inner_text())
+            assert not picture.locator("pre").count(), picture.inner_text()  # an error
     return told[True], told[False]
 
 

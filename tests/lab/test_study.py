@@ -398,11 +398,10 @@ def test_a_sentence_side_by_side_begins_where_the_teacher_doubts(study, monkeypa
     monkeypatch.setenv(plots.BATCH, "1")
     seen = []
     monkeypatch.setattr(plots, "display", lambda html: seen.append(html.data))
-    runs, tagger = study.runs(["teacher", "student alone"], ["bilstm"], [0]), study.taught(0)[0]
-    plots.side_by_side(study.parts, runs, tagger.tagger, "own")
-    sure = [
-        m.amax(1).min() for m in tagger.tagger.marginals(tagger.tagger.encode(study.parts.test))
-    ]
+    runs = study.runs(["teacher", "student alone"], ["bilstm"], [0])
+    tagger = study.taught(0)[0].tagger
+    plots.side_by_side(study.parts, runs, tagger, "own")
+    sure = [words.amax(1).min() for words in tagger.marginals(tagger.encode(study.parts.test))]
     doubted = study.parts.test[int(np.argmin(sure))]
     assert all(word in seen[0] for word in doubted.tokens)
     assert [who in seen[0] for who in ("gold", "teacher", "student alone")] == [True] * 3
