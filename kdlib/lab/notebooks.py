@@ -42,9 +42,11 @@ class _Reporting(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **kwargs: Any) -> None:
         name, start, waits = nb_man.nb.metadata["kdlib_name"], nb_man.cell_start, [True]
+        before: dict[str, str] = {}
 
         def started() -> None:
             if waits.pop() if waits else False:
+                os.environ.update(before)  # a JupyterLab that starts later is no batch run
                 cls.starting.release()
 
         def cell_start(cell: Any, cell_index: int | None = None, **more: Any) -> None:
@@ -54,6 +56,7 @@ class _Reporting(NBClientEngine):
 
         nb_man.cell_start = cell_start
         cls.starting.acquire()
+        before |= {key: os.environ.get(key, "") for key in (cache.RUN, plots.BATCH)}
         os.environ |= {cache.RUN: name, plots.BATCH: "1"}
         try:
             super().execute_managed_notebook(nb_man, kernel_name, **kwargs)

@@ -1,5 +1,6 @@
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -222,6 +223,7 @@ def test_two_at_a_time_each_with_its_own_times_and_readers_last(tmp_path, monkey
     monkeypatch.setattr(study, "EVERY", 0.01)
     done = CliRunner().invoke(app, ["study", "-j", "2"])
     assert done.exit_code == 0 and log.read_text() in ("120", "210")
+    assert not os.environ.get(study.plots.BATCH)  # what starts later here is no batch run
     assert re.search(r"01_x\.default +cell +\d/2 +\d+ s +\.\.\.", done.stdout)
     rows = pd.read_csv(tmp_path / "figures" / "bench" / "study.csv").set_index(["run", "stage"])
     for i in (1, 2):
