@@ -44,6 +44,7 @@ def export(
     graph = graph_of(tagger)
     with saving(folder) as aside:
         tagger.tokenizer.save_pretrained(aside)
+        tagger.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"), pretty=False)
         weights = {k: v.contiguous() for k, v in tagger.state_dict().items()}
         save_file(weights, aside / "model.safetensors")
         (aside / "onnx").mkdir()

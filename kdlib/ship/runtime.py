@@ -29,50 +29,47 @@ class Crf:
     `end` [K]; what is illegal is -inf."""
 
     def __init__(self, start: np.ndarray, transitions: np.ndarray, end: np.ndarray) -> None:
-        self.start, self.transitions, self.end = start, transitions, end
-        self._start, self._end = np.exp(start - start.max()), np.exp(end - end.max())
-        self._step = np.exp(transitions - transitions.max())
+        self.start, self.end, self._arrive = start, end, np.ascontiguousarray(transitions.T)
+        step = np.exp(transitions - transitions.max())
+        self._steps = np.stack([step, step.T])  # of the two directions
+        self._ends = np.stack([np.exp(start - start.max()), np.exp(end - end.max())])
 
     def viterbi(self, emissions: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         """The best label sequence of each row of emissions [B, L, K]."""
-        best, steps = self.start + emissions[:, 0], []
-        stay, ragged = np.arange(best.shape[1]), lengths.min() < emissions.shape[1]
-        for i in range(1, emissions.shape[1]):
-            arriving = best[:, :, None] + self.transitions
-            step, after = arriving.argmax(1), arriving.max(1) + emissions[:, i]
-            if ragged:
-                going = (i < lengths)[:, None]
-                step, after = np.where(going, step, stay), np.where(going, after, best)
-            steps.append(step)
-            best = after
-        rows, at = np.arange(len(best)), (best + self.end).argmax(1)
-        path = [at]
-        for step in reversed(steps):
-            at = step[rows, at]
-            path.append(at)
-        whole = np.stack(path[::-1], 1).tolist()
-        return [own[:length] for own, length in zip(whole, lengths.tolist(), strict=True)]
+        best, steps = np.array(emissions.swapaxes(0, 1), order="C"), []
+        best[0] += self.start
+        for i in range(1, len(best)):
+            arriving = best[i - 1][:, None] + self._arrive  # [B, to, from]
+            steps.append(arriving.argmax(2).tolist())
+            best[i] += arriving.max(2)
+        last = (best[lengths - 1, np.arange(len(lengths))] + self.end).argmax(1)
+        paths = []
+        for row, (at, length) in enumerate(zip(last.tolist(), lengths.tolist(), strict=True)):
+            path = [at]
+            for step in reversed(steps[: length - 1]):
+                path.append(step[row][path[-1]])
+            paths.append(path[::-1])
+        return paths
 
     def marginals(self, emissions: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """p(y_i = v | x) [B, L, K], forward and backward in probabilities, rescaled at each word;
-        what lies beyond a row's length means nothing."""
+        """p(y_i = v | x) [B, L, K], what lies beyond a row's length means nothing.
+
+        Forward and backward at once, the second over each row turned round, in probabilities that
+        are rescaled at each word: `came`, all before it; `here`, with the word itself.
+        """
         local = np.exp(emissions - emissions.max(2, keepdims=True))
-        forward, backward = np.empty_like(local), np.empty_like(local)
-        at = self._start * local[:, 0]
-        forward[:, 0] = at = at / at.sum(1, keepdims=True)
-        for i in range(1, local.shape[1]):
-            at = (at @ self._step) * local[:, i]
-            forward[:, i] = at = at / at.sum(1, keepdims=True)
-        at = backward[:, -1] = np.broadcast_to(self._end, at.shape)
-        turned, ragged = self._step.T, lengths.min() < emissions.shape[1]
-        for i in range(local.shape[1] - 2, -1, -1):
-            at = (local[:, i + 1] * at) @ turned
-            at = at / at.sum(1, keepdims=True)
-            if ragged:
-                at = np.where((i < lengths - 1)[:, None], at, self._end)
-            backward[:, i] = at
-        both = forward * backward
-        return both / both.sum(2, keepdims=True)
+        rows, at = np.arange(len(local))[:, None], np.arange(local.shape[1])
+        turned = np.where(at < lengths[:, None], lengths[:, None] - 1 - at, at)
+        both = np.stack([local, local[rows, turned]]).transpose(2, 0, 1, 3)  # [L, 2, B, K]
+        came, here = np.empty_like(both, order="C"), np.empty_like(both, order="C")
+        came[0] = self._ends[:, None]
+        for i in range(len(both)):
+            if i:
+                np.matmul(here[i - 1], self._steps, out=came[i])
+            np.multiply(came[i], both[i], out=here[i])
+            here[i] /= here[i].sum(2, keepdims=True)
+        found = came[:, 0].swapaxes(0, 1) * here[:, 1].swapaxes(0, 1)[rows, turned]
+        return found / found.sum(2, keepdims=True)
 
 
 class Window(NamedTuple):
