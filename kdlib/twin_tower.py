@@ -11,7 +11,6 @@ from its pieces.
 
 import contextlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,6 +26,7 @@ from kdlib.crf import Chain, reversed_rows
 from kdlib.models import filled, fits, shapes_of, whole
 from kdlib.text import calls
 from kdlib.text.files import saving
+from kdlib.text.pieces import Pieces
 from kdlib.text.tags import WORD, Sentence, Span, word_runs
 
 CONFIG = "twin_tower.json"
@@ -150,11 +149,8 @@ class TwinTower(nn.Module):
         if buckets < 1:
             raise ValueError(f"buckets: expected at least 1, got {buckets}")
         self.tokenizer = tokenizer
-        own = tokenizer.backend_tokenizer.to_str()  # nobody else can set ours to truncate
-        self._splitter = Tokenizer.from_str(own)
-        self._splitter.no_truncation()
-        self._splitter.no_padding()
-        self._known: dict[str, tuple[int, ...]] = {}
+        own, size = tokenizer.backend_tokenizer.to_str(), len(tokenizer)
+        self.pieces = Pieces(own, size, tokenizer.unk_token_id, buckets)
         self.config = {
             "embedding": embedding,
             "hidden": hidden,
@@ -162,7 +158,7 @@ class TwinTower(nn.Module):
             "buckets": buckets,
             "dropout": dropout,
         }
-        self.embedding = nn.EmbeddingBag(len(tokenizer) + buckets, embedding, mode="mean")
+        self.embedding = nn.EmbeddingBag(size + buckets, embedding, mode="mean")
         widths = [embedding] + [2 * hidden] * (layers - 1)
         self.forwards = nn.ModuleList(nn.LSTM(width, hidden, batch_first=True) for width in widths)
         self.backwards = nn.ModuleList(nn.LSTM(width, hidden, batch_first=True) for width in widths)
@@ -211,28 +207,6 @@ class TwinTower(nn.Module):
         return torch.cat(
             [self.none[None], self.label(self.embedding(labels.pieces, labels.starts))]
         )
-
-    def pieces(self, text: str) -> tuple[int, ...]:
-        """The pieces of a word or label, remembered; a bucket for each of its words that the
-        tokenizer does not know, or only in part."""
-        if text not in self._known:
-            if len(self._known) >= 200_000:
-                self._known.clear()
-            self._known[text] = tuple(
-                piece
-                for word in WORD.findall(text) or [text]
-                for piece in self._pieces_of_word(word)
-            )
-        return self._known[text]
-
-    def _pieces_of_word(self, word: str) -> list[int]:
-        raw = word.encode("utf8", "surrogatepass")
-        whole = raw.decode("utf8", "ignore") == word
-        if whole:
-            split = self._splitter.encode([word], is_pretokenized=True, add_special_tokens=False)
-            if split.ids and self.tokenizer.unk_token_id not in split.ids:
-                return split.ids
-        return [len(self.tokenizer) + zlib.crc32(raw) % self.config["buckets"]]
 
     def encode(
         self,

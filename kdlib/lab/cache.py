@@ -47,8 +47,8 @@ def _has_docstring(node: ast.AST) -> bool:
 
 
 # Part of every key, beside what these are given: sentences, settings, weights.
-NUMBERS = ("*.py", "students/*.py", "teachers/*.py", "text/tags.py", "lab/train.py")
-NUMBERS += ("lab/study.py", "lab/targets.py", "lab/scores.py")
+NUMBERS = ("*.py", "students/*.py", "teachers/*.py", "text/tags.py", "text/pieces.py")
+NUMBERS += ("lab/train.py", "lab/study.py", "lab/targets.py", "lab/scores.py")
 SOURCES = code(Path(__file__).parents[1], NUMBERS)
 LIBRARIES = tuple(version(name) for name in ("torch", "transformers", "gliner"))
 MADE_BY = (VERSION, SOURCES, LIBRARIES)

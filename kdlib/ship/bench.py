@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 
 from kdlib.lab import bench, timing
 from kdlib.lab.study import Fitted, Study
+from kdlib.models import Tagger
 from kdlib.ship import runtime
 from kdlib.ship.export import export
 from kdlib.students import pretrained
@@ -34,6 +36,11 @@ from kdlib.text.tags import Sentence
 tagger = Tagger.from_pretrained('{folder}/torch')
 model = lambda text: tagger.predict([Sentence(tuple(text.split()))])
 """
+TWIN_IN_TORCH = """
+from kdlib.twin_tower import TwinTower
+tower = TwinTower.from_pretrained('{folder}/torch')
+model = lambda text: tower.predict_entities(text, {labels})
+"""
 IN_ONNX = """
 from kdlib.ship import runtime
 model = runtime.load('{folder}', int8={int8}).predict_entities
@@ -47,37 +54,36 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
     first answer, on one thread."""
     texts = bench.sentences()
     study = Study(corpora.shuffled(corpora.load("demo"), 100, 100), Fitted())
-    taggers = {"MiniLM-CRF, the teacher": study.new_teacher().eval()}
+    own = {"MiniLM-CRF, the teacher": study.new_teacher().eval()}
     for name, kind in (("thin Transformer-CRF", "thin"), ("BiLSTM-CRF", "bilstm")):
-        taggers[name] = study.new_student(kind, 0).eval()
+        own[name] = study.new_student(kind, 0).eval()
+    own["twin tower"] = TwinTower(pretrained.load().tokenizer).eval()
     shapes = {"gliner_small's shape": (True, "markerV0"), "MiniLM": (False, "token_level")}
     asked = {
         f"GLiNER, {name}|{run}": model
         for name, shape in shapes.items()
         for run, model in bench.runtimes(bench.untrained_gliner(*shape)).items()
     }
-    asked["twin tower|torch"] = TwinTower(pretrained.load().tokenizer).eval()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(scratch) / str(i) for i, name in enumerate(taggers)}
-        for name, tagger in taggers.items():
-            export(tagger, folders[name], {})
-            tagger.save_pretrained(folders[name] / "torch")
+        folders = {name: Path(scratch) / str(i) for i, name in enumerate(own)}
+        for name, model in own.items():
+            export(model, folders[name], {}, labels=bench.LABELS)
+            model.save_pretrained(folders[name] / "torch")
         tables = []
         for threads in THREADS:
             torch.set_num_threads(threads)
-            models: dict[str, Callable[[list[str]], object]] = {
-                name: lambda part, m=m: m.inference(part, list(bench.LABELS), batch_size=len(part))
-                for name, m in asked.items()
-            }
-            for name, tagger in taggers.items():
-                models[f"{name}|torch"] = lambda part, m=tagger: m.predict(_words(part))
+            models = {name: _in_torch(model) for name, model in asked.items()}
+            for name, model in own.items():
+                models[f"{name}|torch"] = _in_torch(model)
                 for run, int8 in RUNTIMES.items():
                     models[f"{name}|{run}"] = runtime.load(folders[name], int8, threads).inference
             tables += [_timed(models, texts, batch, threads, seconds) for batch in BATCHES]
         table = pd.concat(tables, ignore_index=True)
         for name, folder in folders.items():
             for run, int8 in {"torch": False, **RUNTIMES}.items():
-                load = (IN_TORCH if run == "torch" else IN_ONNX).format(folder=folder, int8=int8)
+                in_torch = TWIN_IN_TORCH if name == "twin tower" else IN_TORCH
+                load = in_torch if run == "torch" else IN_ONNX
+                load = load.format(folder=folder, int8=int8, labels=list(bench.LABELS))
                 file = "onnx/model_int8.onnx" if int8 else "model.safetensors"
                 of = (*_fresh(load, texts[0]), (folder / file).stat().st_size / 1e6)
                 rows = (table["model"] == name) & (table["runtime"] == run)
@@ -85,6 +91,13 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
                     table.loc[rows, column] = round(value, 1)
     print(table.to_string(index=False))
     return table
+
+
+def _in_torch(model: Any) -> Callable[[list[str]], object]:
+    """A tagger's own call, or GLiNER's."""
+    if isinstance(model, Tagger):
+        return lambda part: model.predict(_words(part))
+    return lambda part: model.inference(part, list(bench.LABELS), batch_size=len(part))
 
 
 def _words(texts: list[str]) -> list[Sentence]:

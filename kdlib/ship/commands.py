@@ -23,7 +23,11 @@ def distil(
     labels: Annotated[str, typer.Option(help='What to ask a GLiNER for: "drug,disease".')] = "",
     gold: Annotated[str | None, typer.Option(help=GOLD)] = None,
     student: Annotated[
-        str, typer.Option(help="bilstm, or thin: a Transformer of three narrow layers.")
+        str,
+        typer.Option(
+            help="bilstm; thin: a Transformer of three narrow layers; twin: a twin tower, which "
+            "can be asked for other labels too."
+        ),
     ] = "bilstm",
     minutes: Annotated[float, typer.Option(help="Of training, after the teacher has read.")] = 10.0,
     columns: Annotated[

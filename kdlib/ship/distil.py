@@ -17,7 +17,7 @@ from kdlib.methods import METHODS, Method
 from kdlib.models import Tagger
 from kdlib.ship import cards, runtime
 from kdlib.ship.export import export
-from kdlib.students import Lstm, Student, Thin
+from kdlib.students import Lstm, Student, Thin, Twin
 from kdlib.teachers import gliner
 from kdlib.teachers.gliner import Told
 from kdlib.teachers.tagger import from_hugging_face
@@ -25,6 +25,7 @@ from kdlib.text import calls
 from kdlib.text.corpora import CLOSED, Parts
 from kdlib.text.readers import DataError, read
 from kdlib.text.tags import Sentence, Span, split_tag
+from kdlib.twin_tower import TwinTower
 
 LONGEST = 80  # words of a piece of text that is learnt from
 HELD_OUT = 0.15  # of the text: half to choose thresholds on, half to be tested on
@@ -51,7 +52,7 @@ class Kept(Lstm):
 
 
 Reads = Callable[[str | Path], list[Sentence]]
-KINDS: dict[str, Student] = {"bilstm": Kept(), "thin": Thin()}
+KINDS: dict[str, Student] = {"bilstm": Kept(), "thin": Thin(), "twin": Twin()}
 
 
 class Teacher(NamedTuple):
@@ -85,10 +86,11 @@ def distil(
     a spaCy pipeline's folder, or a file of sentences that anything has labelled: these have no
     probabilities, so their labels are learnt as they are. text: a file of lines, a folder of .txt
     files, or what `readers.read` knows. labels: what to ask a GLiNER for. gold: labelled sentences,
-    two thirds to learn from, a third to be tested on. student: 'bilstm', or 'thin', a Transformer
-    of three narrow layers. minutes: of training, on this machine; reading by the teacher comes
-    before. columns: of CoNLL files, "word" and "tag" among them, if not the first and the last.
-    skip_bad: leave out and count what cannot be read, instead of stopping.
+    two thirds to learn from, a third to be tested on. student: 'bilstm'; 'thin', a Transformer of
+    three narrow layers; or 'twin', a twin tower, which can be asked for other labels too. minutes:
+    of training, on this machine; reading by the teacher comes before. columns: of CoNLL files,
+    "word" and "tag" among them, if not the first and the last. skip_bad: leave out and count what
+    cannot be read, instead of stopping.
 
     Started again after a stop it goes on where it was. ValueError, before anything is trained, for
     too little text, labels that the teacher lacks, gold of other types.
@@ -123,7 +125,8 @@ def distil(
         method, how = METHODS["student alone"], "its labels as they are (pseudo-labels)"
     else:
         parts = Parts(own.types, learnt, pieces[:cut], dev, test + tested)
-        method = METHODS["structural"].tuned(alpha=0.5 if learnt else 0.0)
+        best = METHODS["soft targets" if student == "twin" else "structural"]
+        method = best.tuned(alpha=0.5 if learnt else 0.0)
         how = f"{method.name} distillation"
     say(f"{teacher}: {len(own.types)} types, {', '.join(own.types[:8])}; {how}")
     say(f"{cut:,} pieces of text to learn from, {len(pieces) - cut:,} held out")
@@ -139,8 +142,8 @@ def distil(
     say(f"{study.budget.updates:,} updates of {study.budget.batch}, about {minutes:g} minutes")
     tagger, _ = study.trained(method, student, 0)
     with tempfile.TemporaryDirectory() as scratch:
-        thresholds = choose_thresholds(tagger, dev, Path(scratch) / "student")
-        export(tagger, Path(scratch) / "chosen", thresholds)
+        thresholds = choose_thresholds(tagger, own.types, dev, Path(scratch) / "student")
+        export(tagger, Path(scratch) / "chosen", thresholds, labels=own.types)
         card = measure(Path(scratch) / "chosen", tagger, own, test)
         if tested:
             card |= on_gold(runtime.load(Path(scratch) / "chosen"), tested, of_gold)
@@ -148,7 +151,7 @@ def distil(
     card |= {"pieces of text": cut, "gold sentences": len(learnt), "thresholds": thresholds}
     card["failed"] = failures(card, gate)
     target = rejected if card["failed"] else out
-    export(tagger, target, thresholds, cards.markdown(card))
+    export(tagger, target, thresholds, cards.markdown(card), own.types)
     say(cards.markdown(card))
     for text in card["disagreements"]:
         say(f"they disagree most on: {text}")
@@ -343,20 +346,20 @@ def _budget(study: Study, method: Method, student: str, minutes: float, teacher:
     return Budget(cache.record("plans", key, make)["updates"])
 
 
-def choose_thresholds(tagger: Tagger, dev: Sequence[Sentence], folder: Path) -> dict[str, float]:
+def choose_thresholds(
+    tagger: Tagger | TwinTower, types: Sequence[str], dev: Sequence[Sentence], folder: Path
+) -> dict[str, float]:
     """Per type the least score at which the shipped, quantised student agrees best with `dev`."""
-    export(tagger, folder, {})
+    export(tagger, folder, {}, labels=types)
     student = runtime.load(folder)
-    found = scored(student, dev, 0.0)
-    chosen = {}
-    for kind in student.labels:
-        there = [{s for s in sentence.spans if s.type == kind} for sentence in dev]
-        best = []
-        for least in GRID:
-            kept = [{s for s, p in own if s.type == kind and p >= least} for own in found]
-            best.append(float(scores.f1(scores.counts(there, kept))))
-        chosen[kind] = float(GRID[int(np.argmax(best))])
-    return chosen
+    found = {float(least): predict(student, dev, float(least)) for least in GRID}
+
+    def agreement(kind: str, least: float) -> float:
+        both = [s.spans for s in dev], found[least]
+        own = ([{x for x in spans if x.type == kind} for spans in side] for side in both)
+        return float(scores.f1(scores.counts(*own)))
+
+    return {kind: max(found, key=lambda least: agreement(kind, least)) for kind in student.labels}
 
 
 def scored(
@@ -370,16 +373,19 @@ def scored(
     ]
 
 
-def predict(student: runtime.Student, sentences: Sequence[Sentence]) -> list[tuple[Span, ...]]:
-    """The same at its own thresholds, without scores."""
-    return [tuple(dict.fromkeys(s for s, _ in own)) for own in scored(student, sentences)]
+def predict(
+    student: runtime.Student, sentences: Sequence[Sentence], threshold: float | None = None
+) -> list[tuple[Span, ...]]:
+    """The same without scores."""
+    found = scored(student, sentences, threshold)
+    return [tuple(dict.fromkeys(span for span, _ in own)) for own in found]
 
 
 # ---- what comes out ----
 
 
 def measure(
-    folder: Path, tagger: Tagger, teacher: Teacher, test: Sequence[Sentence]
+    folder: Path, tagger: Tagger | TwinTower, teacher: Teacher, test: Sequence[Sentence]
 ) -> dict[str, Any]:
     """What stands on the card: agreement on held-out text, size, speed, int8's cost."""
     small, whole = (runtime.load(folder, int8=int8) for int8 in (True, False))
@@ -416,7 +422,7 @@ def measure(
 def reliability(student: runtime.Student, test: Sequence[Sentence]) -> list[dict[str, float]]:
     """By score, in tenths: how many entities have it, their mean score, the share the teacher has
     too."""
-    answers = zip(test, scored(student, test, 0.0), strict=True)
+    answers = zip(test, scored(student, test), strict=True)
     found = [(score, span in s.spans) for s, own in answers for span, score in own]
     out = []
     for tenth in range(10):

@@ -1,4 +1,4 @@
-"""A tagger as a folder that needs no torch: tokenizer and config.json at its root, ONNX graphs in
+"""A student as a folder that needs no torch: tokenizer and config.json at its root, ONNX graphs in
 fp32 and int8 under onnx/, and the weights for those who want to train on.
 
 The graphs are written by hand, node by node: ONNX's LSTM takes the length of each row, so a padded
@@ -8,8 +8,9 @@ a BERT needs neither an exporter nor its versions.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -24,47 +25,69 @@ from kdlib.models import BiLstm, Tagger, Transformer, stack
 from kdlib.ship import runtime
 from kdlib.text.files import saving
 from kdlib.text.tags import split_tag
+from kdlib.twin_tower import TwinTower
 
 OPSET = 20
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 BERTS = ("bert", "electra")
 
 
 def export(
-    tagger: Tagger, folder: str | Path, thresholds: Mapping[str, float], card: str = ""
+    model: Tagger | TwinTower,
+    folder: str | Path,
+    thresholds: Mapping[str, float],
+    card: str = "",
+    labels: Iterable[str] = (),
 ) -> None:
-    """Write a student's folder, whole or not at all. thresholds: a label's least score, 0 for those
-    that are not named. card: its README.
+    """Write a student's folder, whole or not at all. thresholds: a label's least score, for those
+    that are not named 0, of a twin tower's 0.5. card: its README. labels: of a twin tower, what it
+    looks for where nothing is asked.
 
     ValueError for an encoder without a graph here.
     """
-    types = sorted({kind for _, kind in map(split_tag, tagger.labels) if kind})
+    named = not isinstance(model, TwinTower)
+    types = sorted({kind for _, kind in map(split_tag, model.labels) if kind} if named else labels)
     strange = sorted(thresholds.keys() - set(types))
     if strange:
         raise ValueError(f"thresholds: expected labels among {types}, got {strange}")
-    graph = graph_of(tagger)
+    least = {kind: round(thresholds.get(kind, 0.0 if named else 0.5), 4) for kind in types}
+    graph, own = (graph_of(model), _tags(model)) if named else (twin_graph(model), _open(model))
+    config = {"format": runtime.FORMAT, "labels": types, "thresholds": least, **own}
     with saving(folder) as aside:
-        tagger.tokenizer.save_pretrained(aside)
-        tagger.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"), pretty=False)
-        weights = {k: v.contiguous() for k, v in tagger.state_dict().items()}
+        model.tokenizer.save_pretrained(aside)
+        model.tokenizer.backend_tokenizer.save(str(aside / "tokenizer.json"), pretty=False)
+        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
         save_file(weights, aside / "model.safetensors")
         (aside / "onnx").mkdir()
         onnx.save(graph, aside / "onnx" / "model.onnx")
         quantize(aside / "onnx" / "model.onnx", aside / "onnx" / "model_int8.onnx")
-        config = {
-            "format": runtime.FORMAT,
-            "model_type": f"kdlib-{tagger.encoder.kind}",
-            "labels": types,
-            "thresholds": {kind: round(thresholds.get(kind, 0.0), 4) for kind in types},
-            "tags": tagger.labels,
-            "id2label": dict(enumerate(tagger.labels)),
-            "crf": crf_of(tagger),
-            "special_pieces": special_pieces(tagger.tokenizer),
-            "unknown_piece": tagger.tokenizer.unk_token_id,
-            "most_pieces": tagger.encoder.max_pieces,
-            "encoder": tagger.encoder.config(),
-        }
         (aside / runtime.CONFIG).write_text(json.dumps(config, indent=1), encoding="utf8")
         (aside / "README.md").write_text(card, encoding="utf8")
+
+
+def _tags(tagger: Tagger) -> dict[str, Any]:
+    """What `runtime.Tagger` needs beside the graph."""
+    return {
+        "model_type": f"kdlib-{tagger.encoder.kind}",
+        "tags": tagger.labels,
+        "id2label": dict(enumerate(tagger.labels)),
+        "crf": crf_of(tagger),
+        "special_pieces": special_pieces(tagger.tokenizer),
+        "unknown_piece": tagger.tokenizer.unk_token_id,
+        "most_pieces": tagger.encoder.max_pieces,
+        "encoder": tagger.encoder.config(),
+    }
+
+
+def _open(model: TwinTower) -> dict[str, Any]:
+    """What `runtime.TwinTower` needs."""
+    return {
+        "model_type": runtime.TWIN,
+        "vocabulary": len(model.tokenizer),
+        "unknown_piece": model.tokenizer.unk_token_id,
+        "buckets": model.config["buckets"],
+        "encoder": model.config,
+    }
 
 
 def crf_of(tagger: Tagger) -> dict[str, list]:
@@ -94,15 +117,82 @@ def graph_of(tagger: Tagger) -> onnx.ModelProto:
         )
     held |= {"output.weight": tagger.output.weight.T, "output.bias": tagger.output.bias}
     nodes += _linear(last, "output", "scores")
-    arrays = {name: w.detach().cpu().contiguous().numpy() for name, w in held.items()}
-    constants = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    inputs = {"pieces": (INT64, ["B", "P"]), "lengths": (INT32, ["B"])}
+    return _model(nodes, held, inputs, ["B", "P", len(tagger.labels)])
+
+
+def twin_graph(model: TwinTower) -> onnx.ModelProto:
+    """Words [B, L] and U labels as bags of word pieces -> scores [B, L, 1 + U], "none" first.
+
+    Bags: `pieces` of all of them in a row, which bag each of these is `of`, and the `sizes` of the
+    bags, [B, L], 1 where there is no word.
+    """
+    node = helper.make_node
+    held: dict[str, Tensor] = {
+        "embedding": model.embedding.weight,
+        "width": torch.tensor([model.embedding.embedding_dim]),
+        "flat": torch.tensor([-1]),
+        "second": torch.tensor([1]),
+        "label.weight": model.label.weight.T,
+        "label.bias": model.label.bias,
+        "none": model.none[None],
+    }
+    nodes = [
+        *_means(""),
+        node("Shape", ["sizes"], ["shape"]),
+        node("Concat", ["shape", "width"], ["of words"], axis=0),
+        node("Reshape", ["means", "of words"], ["read"]),
+    ]
+    ends = [
+        [(ahead, "_l0"), (back, "_l0")]
+        for ahead, back in zip(model.forwards, model.backwards, strict=True)
+    ]
+    nodes += _recurrent("read", [_gates(pair) for pair in ends], model.config["hidden"], held)
+    nodes += [
+        *_means("label_"),
+        *_linear("label_means", "label", "named"),
+        node("Concat", ["none", "named"], ["towers"], axis=0),
+        node("Transpose", ["towers"], ["across"], perm=[1, 0]),
+        node("MatMul", ["encoded", "across"], ["scores"]),
+    ]
+    inputs = {"lengths": (INT32, ["B"])}
+    inputs |= {name: (INT64, ["N"]) for name in ("pieces", "of")}
+    inputs |= {name: (INT64, ["M"]) for name in ("label_pieces", "label_of")}
+    inputs |= {"sizes": (FLOAT, ["B", "L"]), "label_sizes": (FLOAT, ["U"])}
+    return _model(nodes, held, inputs, ["B", "L", "1 + U"])
+
+
+def _means(prefix: str) -> list[onnx.NodeProto]:
+    """The mean of each bag's embeddings [bags, width], `prefix` + "means"."""
+    node, p = helper.make_node, prefix
+    return [
+        node("Gather", ["embedding", f"{p}pieces"], [f"{p}rows"]),
+        node("Reshape", [f"{p}sizes", "flat"], [f"{p}many"]),
+        node("Shape", [f"{p}many"], [f"{p}bags"]),
+        node("Concat", [f"{p}bags", "width"], [f"{p}table"], axis=0),
+        node("ConstantOfShape", [f"{p}table"], [f"{p}zeros"]),
+        node("Unsqueeze", [f"{p}of", "second"], [f"{p}place"]),
+        node("ScatterND", [f"{p}zeros", f"{p}place", f"{p}rows"], [f"{p}sums"], reduction="add"),
+        node("Unsqueeze", [f"{p}many", "second"], [f"{p}size"]),
+        node("Div", [f"{p}sums", f"{p}size"], [f"{p}means"]),
+    ]
+
+
+def _model(
+    nodes: list[onnx.NodeProto],
+    held: Mapping[str, Tensor],
+    inputs: Mapping[str, tuple[int, list]],
+    scores: list,
+) -> onnx.ModelProto:
+    """A checked model with one output, `scores`."""
     of = helper.make_tensor_value_info
+    arrays = {name: w.detach().cpu().contiguous().numpy() for name, w in held.items()}
     graph = helper.make_graph(
         nodes,
-        "tagger",
-        [of("pieces", TensorProto.INT64, ["B", "P"]), of("lengths", TensorProto.INT32, ["B"])],
-        [of("scores", TensorProto.FLOAT, ["B", "P", len(tagger.labels)])],
-        constants,
+        "student",
+        [of(name, *own) for name, own in inputs.items()],
+        [of("scores", FLOAT, scores)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
     onnx.checker.check_model(model)
@@ -121,20 +211,31 @@ def _linear(source: str, name: str, out: str) -> list[onnx.NodeProto]:
 
 def _bilstm(encoder: BiLstm) -> tuple[list[onnx.NodeProto], dict[str, Tensor], str]:
     """Nodes, weights by name, and the name of what comes out [B, P, 2 hidden]."""
-    node, depth = helper.make_node, encoder.lstm.num_layers
-    held = {"embedding": encoder.embedding.weight, "wide": torch.tensor([0, 0, -1])}
-    recurrent = {"hidden_size": encoder.lstm.hidden_size, "direction": "bidirectional"}
-    nodes = [node("Gather", ["embedding", "pieces"], ["read"])]
-    nodes.append(node("Transpose", ["read"], ["layer 0"], perm=[1, 0, 2]))  # [P, B, width]
-    for layer in range(depth):
-        gates = {f"{name} {layer}": w for name, w in _gates(encoder.lstm, layer).items()}
-        held |= gates
-        inputs = [f"layer {layer}", *gates, "lengths"]
+    lstm, held = encoder.lstm, {"embedding": encoder.embedding.weight}
+    read = helper.make_node("Gather", ["embedding", "pieces"], ["read"])
+    ends = [
+        [(lstm, f"_l{layer}{end}") for end in ("", "_reverse")] for layer in range(lstm.num_layers)
+    ]
+    nodes = _recurrent("read", [_gates(pair) for pair in ends], lstm.hidden_size, held)
+    return [read, *nodes], held, "encoded"
+
+
+def _recurrent(
+    source: str, layers: Sequence[dict[str, Tensor]], hidden: int, held: dict[str, Tensor]
+) -> list[onnx.NodeProto]:
+    """Bidirectional LSTMs over `source` [B, P, width] -> "encoded" [B, P, 2 hidden]; their weights
+    go to `held`."""
+    node, recurrent = helper.make_node, {"hidden_size": hidden, "direction": "bidirectional"}
+    held["wide"] = torch.tensor([0, 0, -1])
+    nodes = [node("Transpose", [source], ["layer 0"], perm=[1, 0, 2])]  # [P, B, width]
+    for layer, gates in enumerate(layers):
+        own = {f"{name} {layer}": w for name, w in gates.items()}
+        held |= own
+        inputs = [f"layer {layer}", *own, "lengths"]
         nodes.append(node("LSTM", inputs, [f"both {layer}"], **recurrent))  # [P, 2, B, hidden]
         nodes.append(node("Transpose", [f"both {layer}"], [f"side {layer}"], perm=[0, 2, 1, 3]))
         nodes.append(node("Reshape", [f"side {layer}", "wide"], [f"layer {layer + 1}"]))
-    nodes.append(node("Transpose", [f"layer {depth}"], ["encoded"], perm=[1, 0, 2]))
-    return nodes, held, "encoded"
+    return [*nodes, node("Transpose", [f"layer {len(layers)}"], ["encoded"], perm=[1, 0, 2])]
 
 
 def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor], str]:
@@ -172,7 +273,7 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
         node("Gather", ["places", "at"], ["place"]),
         node("Add", ["word", "place"], ["embedded"]),
         norm("embedded", table.LayerNorm, "layer 0"),
-        node("Cast", ["lengths"], ["whole"], to=TensorProto.INT64),
+        node("Cast", ["lengths"], ["whole"], to=INT64),
         node("Unsqueeze", ["whole", "second"], ["end"]),
         node("Less", ["at", "end"], ["inside"]),
         node("Unsqueeze", ["inside", "second"], ["of heads"]),
@@ -211,15 +312,15 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
     return nodes, held, last
 
 
-def _gates(lstm: nn.LSTM, layer: int) -> dict[str, Tensor]:
-    """torch keeps the gates in the order input, forget, cell, output; ONNX input, output, forget,
-    cell, and both biases in a row."""
-    hidden = lstm.hidden_size
+def _gates(ends: Sequence[tuple[nn.LSTM, str]]) -> dict[str, Tensor]:
+    """Of the two directions, each a torch LSTM and the ending of its weights' names: torch keeps
+    the gates in the order input, forget, cell, output; ONNX input, output, forget, cell, and both
+    biases in a row."""
+    hidden = ends[0][0].hidden_size
     order = [*range(hidden), *range(3 * hidden, 4 * hidden), *range(hidden, 3 * hidden)]
 
     def both(name: str) -> Tensor:
-        ends = ("", "_reverse")
-        return torch.stack([getattr(lstm, f"{name}_l{layer}{end}")[order] for end in ends])
+        return torch.stack([getattr(lstm, f"{name}{end}")[order] for lstm, end in ends])
 
     biases = torch.cat([both("bias_ih"), both("bias_hh")], 1)
     return {"W": both("weight_ih"), "R": both("weight_hh"), "B": biases}

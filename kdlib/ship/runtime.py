@@ -1,7 +1,8 @@
 """A distilled tagger without torch: numpy, onnxruntime, tokenizers, regex, and nothing else.
 
-The network gives each word piece the scores of its IOB2 labels; the CRF over them is numpy. Texts
-may be of any length: they are read in windows of whole words, cut after a sentence where one ends.
+`Tagger`: the network gives each word piece the scores of its IOB2 labels; the CRF over them is
+numpy. `TwinTower`: words and any labels meet in a dot product. Texts may be of any length: they are
+read in windows of whole words, cut after a sentence where one ends.
 """
 
 import itertools
@@ -15,10 +16,11 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from kdlib.text import calls
-from kdlib.text.tags import split_tag, to_spans
+from kdlib.text.pieces import Pieces
+from kdlib.text.tags import split_tag, to_spans, word_runs
 
 CONFIG = "config.json"
-FORMAT = "kdlib tagger 1"
+FORMAT, TWIN = "kdlib tagger 1", "kdlib-twin-tower"
 SCORES = ("start", "transitions", "end")
 MOST_WORDS = 256  # of a window
 WORDS_AT_ONCE = 4_000  # of a batch, padding included: memory stays flat
@@ -72,6 +74,9 @@ class Crf:
         return found / found.sum(2, keepdims=True)
 
 
+Bag = Sequence[int]  # the word pieces of a word or label
+
+
 class Window(NamedTuple):
     """Some words of a text: which text, and where each word begins and ends in it."""
 
@@ -80,35 +85,18 @@ class Window(NamedTuple):
 
 
 class Student:
-    """A tagger read from a folder: `predict_entities` and `inference` as GLiNER's, `pipeline` as
-    Hugging Face's. `labels` are all it can find."""
+    """What is read from a folder: `predict_entities` and `inference` as GLiNER's, `pipeline` as
+    Hugging Face's. `labels` are what it was taught, `thresholds` their least scores."""
 
-    def __init__(self, folder: str | Path, int8: bool = True, threads: int = 1) -> None:
-        folder = Path(folder).expanduser()
-        config = _config(folder)
-        self._tags: list[str] = config["tags"]
-        self.labels = sorted({kind for _, kind in map(split_tag, self._tags) if kind})
+    def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
+        self.labels = sorted(config["labels"])
         self.thresholds = {label: float(config["thresholds"][label]) for label in self.labels}
-        self.crf = Crf(*(_scores(config["crf"][name]) for name in SCORES))
-        self._around, self._unknown = config["special_pieces"], int(config["unknown_piece"])
-        self._most = int(config["most_pieces"]) - sum(map(len, self._around))
-        if self._most < 1:
-            raise ValueError(f"most_pieces: expected room for a word, got {config['most_pieces']}")
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # idle threads would take the cores of whoever waits for the answer
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         name = "model_int8.onnx" if int8 else "model.onnx"
         self._session = onnxruntime.InferenceSession(str(folder / "onnx" / name), options)
-        emissions, lengths = self.emissions(["a b"], [Window(0, [(0, 1), (2, 3)])], [0])
-        numbers = emissions.shape[2], len(self._tags), len(self.crf.start)
-        if len(set(numbers)) > 1:
-            raise ValueError(f"expected as many tags as scores, got {numbers}")
-        if not np.isfinite(self.crf.marginals(emissions, lengths)).all():
-            raise ValueError("crf: expected scores that allow some label sequence, got none")
 
     # ---- GLiNER's calls ----
 
@@ -131,33 +119,34 @@ class Student:
         exclusive, in order, never overlapping. In int8 a score moves a little with the other texts
         of its batch, whose largest number sets the scale.
 
-        labels: those wanted, all by default; ValueError for one that this student cannot give.
-        threshold: least score, by default each label's own, chosen on held-out text; the score of
-        an entity is the mean marginal probability of its words' labels.
+        labels: those wanted, all that it was taught by default; ValueError for one that this
+        student cannot give. threshold: least score, by default each label's own, chosen on held-out
+        text.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        wanted = set(self.labels if labels is None else calls.labels_of(labels))
+        wanted = self.labels if labels is None else calls.labels_of(labels)
         calls.check(texts, 0.5 if threshold is None else threshold, True, False, batch_size)
         calls.check_characters(texts, "texts")
-        strange = sorted(wanted - set(self.labels))
-        if strange:
-            raise ValueError(f"labels: expected some of {self.labels}, got {strange}")
-        least = self.thresholds if threshold is None else dict.fromkeys(self.labels, threshold)
+        self._check(wanted)
+        own = self.thresholds if threshold is None else dict.fromkeys(wanted, threshold)
+        least = {label: own.get(label, 0.5) for label in wanted}
         found: list[list[dict[str, Any]]] = [[] for _ in texts]
+        if not wanted:
+            return found
         most = min(self._most, MOST_WORDS)
         windows = [Window(i, w) for i, text in enumerate(texts) for w in calls.windows(text, most)]
         lengths = [len(w.words) for w in windows]
         rows = sorted(range(len(windows)), key=lengths.__getitem__)
         parts = calls.batches(rows, lengths, batch_size, WORDS_AT_ONCE) if windows else ()
         for part in parts:
-            for row, entities in zip(part, self._entities(texts, windows, part), strict=True):
+            entities = self._entities(texts, windows, part, least)
+            for row, own in zip(part, entities, strict=True):
                 window = windows[row]
                 text = texts[window.text]
-                for start, end, label, score in entities:
-                    if label in wanted and score >= least[label]:
-                        a, b = window.words[start][0], window.words[end - 1][1]
-                        entity = {"start": a, "end": b, "text": text[a:b]}
-                        found[window.text].append(entity | {"label": label, "score": score})
+                for start, end, label, score in own:
+                    a, b = window.words[start][0], window.words[end - 1][1]
+                    entity = {"start": a, "end": b, "text": text[a:b]}
+                    found[window.text].append(entity | {"label": label, "score": score})
         return [sorted(own, key=lambda e: e["start"]) for own in found]
 
     def pipeline(self, texts: str | Sequence[str]) -> list:
@@ -176,7 +165,54 @@ class Student:
         while part := list(itertools.islice(waiting, 32)):
             yield from zip(part, self.inference(part, threshold=threshold), strict=True)
 
-    # ---- how ----
+    # ---- how, by the kind of student ----
+
+    _most = MOST_WORDS  # words of a window
+
+    def _check(self, labels: Sequence[str]) -> None:
+        """ValueError for labels that it cannot give."""
+
+    def _entities(
+        self,
+        texts: Sequence[str],
+        windows: Sequence[Window],
+        part: Sequence[int],
+        least: Mapping[str, float],
+    ) -> Iterator[list[tuple[int, int, str, float]]]:
+        """Of each window its entities, words, label, score: of the labels of `least` those that
+        reach it."""
+        raise NotImplementedError
+
+
+class Tagger(Student):
+    """IOB2 labels and a CRF: `labels` are all it can find. The score of an entity is the mean
+    marginal probability of its words' labels."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
+        super().__init__(folder, config, int8, threads)
+        self._tags: list[str] = config["tags"]
+        types = {kind for _, kind in map(split_tag, self._tags)} - {""}
+        if types != set(self.labels):
+            raise ValueError(f"labels: expected those of its tags, {sorted(types)}")
+        self.crf = Crf(*(_scores(config["crf"][name]) for name in SCORES))
+        self._around, self._unknown = config["special_pieces"], int(config["unknown_piece"])
+        self._most = int(config["most_pieces"]) - sum(map(len, self._around))
+        if self._most < 1:
+            raise ValueError(f"most_pieces: expected room for a word, got {config['most_pieces']}")
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        emissions, lengths = self.emissions(["a b"], [Window(0, [(0, 1), (2, 3)])], [0])
+        numbers = emissions.shape[2], len(self._tags), len(self.crf.start)
+        if len(set(numbers)) > 1:
+            raise ValueError(f"expected as many tags as scores, got {numbers}")
+        if not np.isfinite(self.crf.marginals(emissions, lengths)).all():
+            raise ValueError("crf: expected scores that allow some label sequence, got none")
+
+    def _check(self, labels: Sequence[str]) -> None:
+        strange = sorted(set(labels) - set(self.labels))
+        if strange:
+            raise ValueError(f"labels: expected some of {self.labels}, got {strange}")
 
     def emissions(
         self, texts: Sequence[str], windows: Sequence[Window], part: Sequence[int]
@@ -217,9 +253,12 @@ class Student:
         return out, counts
 
     def _entities(
-        self, texts: Sequence[str], windows: Sequence[Window], part: Sequence[int]
+        self,
+        texts: Sequence[str],
+        windows: Sequence[Window],
+        part: Sequence[int],
+        least: Mapping[str, float],
     ) -> Iterator[list[tuple[int, int, str, float]]]:
-        """Of each window its entities: words, label, score."""
         emissions, lengths = self.emissions(texts, windows, part)
         paths = self.crf.viterbi(emissions, lengths)
         spans = [to_spans([self._tags[k] for k in path]) for path in paths]
@@ -229,14 +268,81 @@ class Student:
         place = {i: at for at, i in enumerate(some)}
         for i, own in enumerate(spans):
             sure = own and marginals[place[i], range(len(paths[i])), paths[i]]
-            yield [(s, e, kind, float(sure[s:e].mean())) for s, e, kind in own]
+            scored = [(s, e, kind, float(sure[s:e].mean())) for s, e, kind in own]
+            yield [x for x in scored if x[2] in least and x[3] >= least[x[2]]]
+
+
+class TwinTower(Student):
+    """Any labels: those it was taught, or others. An entity is a run of words with one best label,
+    each likelier than the label's threshold to be in any entity at all; its score is the mean of
+    that probability."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
+        super().__init__(folder, config, int8, threads)
+        tokenizer = (folder / "tokenizer.json").read_text(encoding="utf8")
+        names = "vocabulary", "unknown_piece", "buckets"
+        size, unknown, buckets = (int(config[name]) for name in names)
+        if buckets < 1:
+            raise ValueError(f"buckets: expected at least 1, got {buckets}")
+        self._pieces = Pieces(tokenizer, size, unknown, buckets)
+        self._run([[(size + buckets - 1,)]], [(0,)])  # an error if the table is shorter
+
+    def probabilities(
+        self,
+        texts: Sequence[str],
+        windows: Sequence[Window],
+        part: Sequence[int],
+        labels: Sequence[str],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Of the words of some windows "none" and each label, [B, L, 1 + U], and lengths [B]."""
+        own = [
+            [self._pieces(texts[windows[r].text][a:b]) for a, b in windows[r].words] for r in part
+        ]
+        scores = self._run(own, [self._pieces(label) for label in labels])
+        likely = np.exp(scores - scores.max(2, keepdims=True))
+        return likely / likely.sum(2, keepdims=True), np.array([len(words) for words in own])
+
+    def _run(self, texts: Sequence[Sequence[Bag]], labels: Sequence[Bag]) -> np.ndarray:
+        """Scores [B, L, 1 + U] of each text's words, given as their pieces."""
+        lengths = np.array([len(words) for words in texts], dtype=np.int32)
+        sizes = np.ones((len(texts), lengths.max()), dtype=np.float32)
+        of: list[int] = []
+        for i, words in enumerate(texts):
+            many = [len(pieces) for pieces in words]
+            sizes[i, : len(words)] = many
+            at = i * sizes.shape[1]
+            of += np.repeat(np.arange(at, at + len(words)), many).tolist()
+        named = [len(pieces) for pieces in labels]
+        given = {"lengths": lengths, "sizes": sizes, "of": np.array(of)}
+        given["pieces"] = np.array([p for words in texts for pieces in words for p in pieces])
+        given["label_pieces"] = np.array([p for pieces in labels for p in pieces])
+        given["label_of"] = np.repeat(np.arange(len(labels)), named)
+        given["label_sizes"] = np.array(named, dtype=np.float32)
+        return self._session.run(None, given)[0]
+
+    def _entities(
+        self,
+        texts: Sequence[str],
+        windows: Sequence[Window],
+        part: Sequence[int],
+        least: Mapping[str, float],
+    ) -> Iterator[list[tuple[int, int, str, float]]]:
+        labels, bounds = list(least), np.array(list(least.values()))
+        found, lengths = self.probabilities(texts, windows, part, labels)
+        for own, length in zip(found, lengths.tolist(), strict=True):
+            likely, best = 1 - own[:length, 0], own[:length, 1:].argmax(1)
+            kept = np.where(likely > bounds[best], best + 1, 0).tolist()
+            yield [(s, e, labels[n - 1], float(likely[s:e].mean())) for s, e, n in word_runs(kept)]
 
 
 def load(folder: str | Path, int8: bool = True, threads: int = 1) -> Student:
     """The student of a folder that `export` wrote; FileNotFoundError where it is none, ValueError
     where its files are damaged or do not fit together."""
+    folder = Path(folder).expanduser()
     try:
-        return Student(folder, int8, threads)
+        config = _config(folder)
+        kind = TwinTower if config["model_type"] == TWIN else Tagger
+        return kind(folder, config, int8, threads)
     except FileNotFoundError:
         raise
     except Exception as error:  # the libraries' own errors share no kind

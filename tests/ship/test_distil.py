@@ -11,7 +11,7 @@ from kdlib.__main__ import app
 from kdlib.lab import train
 from kdlib.ship import distil, runtime
 from kdlib.ship.distil import Gate, Kept, pieces_of, teacher_of
-from kdlib.students import Thin
+from kdlib.students import Thin, Twin
 from kdlib.teachers import gliner
 from kdlib.text.readers import write_json_lines
 from kdlib.text.tags import Sentence, Span
@@ -23,6 +23,7 @@ ANY = Gate(agreement=0, recall=0)
 def small(monkeypatch):
     """A student no wider than the tiny encoder's table, and no time for the clock."""
     kinds = {"bilstm": Kept(embedding=8, hidden=6), "thin": Thin(2e-3, 2, 8, 12, 6)}
+    kinds["twin"] = Twin(embedding=8)
     monkeypatch.setattr(distil, "KINDS", kinds)
 
     def in_turns(calls, inputs, seconds):
@@ -79,6 +80,20 @@ def test_started_again_it_goes_on_with_what_is_there(own, monkeypatch):
     assert {k: again[k] for k in ("agreement", "updates")} == {
         k: first[k] for k in ("agreement", "updates")
     }
+
+
+def test_a_twin_tower_is_shipped_and_can_be_asked_for_other_labels(own):
+    run, folder, _ = own
+    card = run(student="twin", gate=ANY)
+    student = runtime.load(folder / "student")
+    assert isinstance(student, runtime.TwinTower) and student.labels == ["LOC", "PER"]
+    assert student.thresholds == pytest.approx(card["thresholds"])
+    assert card["method"] == "soft targets distillation"
+    (found,) = student.inference(["Anna lives in Paris ."], ["a city"], threshold=0)
+    assert found == [
+        {"start": 0, "end": 21, "text": "Anna lives in Paris .", "label": "a city"}
+        | {"score": found[0]["score"]}
+    ]
 
 
 def test_a_student_that_fails_the_gate_is_set_aside(own):
@@ -246,7 +261,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(own, monkeypatch):
     write_json_lines(folder / "gold.jsonl", other)
     with pytest.raises(ValueError, match=r"expected the teacher's types \['LOC', 'PER'\], got"):
         run(gold=folder / "gold.jsonl")
-    with pytest.raises(ValueError, match=r"student: expected one of \['bilstm', 'thin'\]"):
+    with pytest.raises(ValueError, match=r"student: expected one of \['bilstm', 'thin', 'twin'\]"):
         run(student="huge")
     with pytest.raises(ValueError, match="minutes: expected more than 0"):
         run(minutes=0)

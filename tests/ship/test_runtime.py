@@ -2,7 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from kdlib.ship import runtime
 from kdlib.ship.export import crf_of, export
 from kdlib.students import encoders
 from kdlib.text.tags import Sentence, iob2_labels
+from kdlib.twin_tower import TwinTower
 
 TEXTS = [" ".join(s.tokens) for s in SENTENCES[:4]]
 
@@ -75,6 +76,55 @@ def test_a_bert_gives_what_torch_gives_in_windows_of_its_own_too(tiny, tmp_path,
     for i, sentence in enumerate([*SENTENCES[:4], Sentence(words)]):
         (expected,) = model.emissions(model.encode([sentence]))
         np.testing.assert_allclose(together[i, : lengths[i]], expected, atol=2e-5)
+
+
+@pytest.fixture
+def twin(tiny, tmp_path):
+    """A twin tower with sure opinions, and the student of the folder it was written to."""
+    torch.manual_seed(0)
+    model = TwinTower(tiny.tokenizer, embedding=8, hidden=6, buckets=4).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 3
+    export(model, tmp_path / "twin", {"PER": 0.3}, labels=["PER", "LOC"])
+    return model, tmp_path / "twin"
+
+
+def test_a_twin_tower_gives_what_torch_gives_for_any_labels(twin):
+    model, folder = twin
+    student = runtime.load(folder, int8=False)
+    assert student.labels == ["LOC", "PER"] and student.thresholds == {"LOC": 0.5, "PER": 0.3}
+    texts = [*TEXTS, "", "Anna 😀 東 in unknown-Paris", "x"]
+    for labels in (["a city", "PER", "東"], ["PER"]):
+        for threshold in (0.0, 0.5, 0.9):
+            whole = model.inference(texts, labels, threshold)
+            for size in (1, 3, 32):
+                ours = student.inference(texts, labels, threshold, batch_size=size)
+                assert [len(own) for own in ours] == [len(own) for own in whole]
+                for a, b in zip(chain(*ours), chain(*whole), strict=True):
+                    assert a == b | {"score": pytest.approx(b["score"], abs=1e-5)}
+            assert threshold or any(ours)
+    assert student.inference(texts, []) == [[]] * len(texts)
+    near = runtime.load(folder).inference(texts, ["PER"], 0.0)
+    assert [[e["text"] for e in own] for own in near] == [
+        [e["text"] for e in own] for own in student.inference(texts, ["PER"], 0.0)
+    ]
+    assert student.predict_entities(TEXTS[0]) == [  # each label's own threshold
+        e for e in student.inference(TEXTS[0])[0] if e["score"] > student.thresholds[e["label"]]
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"vocabulary": 62}, {"buckets": 0}, {"unknown_piece": "x"}, {"model_type": "x"}],
+    ids=str,
+)
+def test_a_twin_tower_with_a_damaged_config_is_refused(twin, damage):
+    _, folder = twin
+    config = json.loads((folder / runtime.CONFIG).read_text())
+    (folder / runtime.CONFIG).write_text(json.dumps(config | damage))
+    with pytest.raises(ValueError, match="expected the files of a whole student"):
+        runtime.load(folder)
 
 
 def test_int8_is_near_and_a_quarter_as_large(made):
