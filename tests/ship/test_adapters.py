@@ -1,4 +1,7 @@
+import shutil
+
 import pytest
+from huggingface_hub import RepoUrl
 from test_runtime import TEXTS, made  # noqa: F401
 
 from kdlib.ship import runtime
@@ -50,3 +53,35 @@ def test_haystack_finds_what_the_student_finds(student):
     done = extractor.run(documents)["documents"]
     assert [d.meta["entities"] for d in done] == own.inference([*TEXTS, ""])
     assert all(d.meta["n"] == 1 for d in done) and "entities" not in documents[0].meta
+
+
+def test_every_file_goes_to_the_hub_and_comes_back(student, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    from kdlib.ship import for_hub
+
+    folder, own = student
+    said, hub = {}, tmp_path / "hub"
+
+    def upload_folder(self, *, repo_id, folder_path, **how):
+        shutil.copytree(folder_path, hub)
+        return said.setdefault("to", repo_id)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **how: RepoUrl(repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    for_hub.Shared(str(folder)).push_to_hub("me/tagger")
+
+    def contents(of):
+        return {str(f.relative_to(of)): f.read_bytes() for f in of.rglob("*") if f.is_file()}
+
+    assert said == {"to": "me/tagger"} and contents(hub) == contents(folder)
+    kept = tmp_path / "cache" / "models--me--tagger"  # as a download leaves it
+    shutil.copytree(hub, kept / "snapshots" / ("a" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("a" * 40)
+    how = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    back = for_hub.Shared.from_pretrained("me/tagger", **how)
+    assert back.student.inference(TEXTS) == own.inference(TEXTS)
+    again = for_hub.Shared.from_pretrained(str(hub))
+    again.save_pretrained(hub)  # onto itself
+    assert contents(hub) == contents(folder)
