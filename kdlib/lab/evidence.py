@@ -3,7 +3,7 @@ corpus lies, each run recorded as it ends, and read back from its record everywh
 
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from torch import Tensor
 
 from kdlib.lab import cache, records, scores, tables, targets
 from kdlib.lab.records import Record
@@ -174,6 +175,30 @@ def contrasts(experiment: Experiment) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
+def by_doubt(
+    experiment: Experiment, method: str, against: str = "pseudo-labels", cut: int = 5
+) -> pd.DataFrame:
+    """F1 of a method minus another's, seed by seed, on the `cut`th of the test sentences that its
+    teacher is surest of, on the next, and so on: updates, seed, part (1 to cut), entropy (mean of
+    the part's sentences, nats a word), difference."""
+    doubted = {key(own.of): own.entropy for own in records.doubts(experiment.corpus)}
+    found: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for record, updates in recorded(experiment):
+        own = found.setdefault((updates, record.declared["seed"]), {})
+        own[record.declared["method"]] = record.counts.sum(1)
+    rows = []
+    for (updates, seed), own in found.items():
+        entropy = doubted.get(key(experiment.declared(None, "", 0, seed)))
+        if entropy is None or not {method, against} <= own.keys():
+            continue
+        for part, some in enumerate(np.array_split(np.argsort(entropy, kind="stable"), cut), 1):
+            ours, theirs = (float(scores.f1(own[name][some])) for name in (method, against))
+            about = {"method": method, "updates": updates, "seed": seed, "part": part}
+            about["entropy"] = round(float(entropy[some].mean()), 5)
+            rows.append(about | {"difference": round(ours - theirs, 3)})
+    return pd.DataFrame(rows)
+
+
 def cells(own: Experiment) -> dict[tuple[str, int], list[dict]]:
     """What one job of a grid makes, all seeds of a method at one budget: (method, updates) -> what
     its runs declare. The teachers, ("teacher", 0), come first: the others learn from them."""
@@ -186,9 +211,15 @@ def cells(own: Experiment) -> dict[tuple[str, int], list[dict]]:
 def missing(name: str) -> dict[tuple[str, int], list[dict]]:
     """Those `cells` of an experiment that have not all their records, as a grid of jobs plans."""
     own = named(name)
-    there = {key(record.declared) for record in records.read(own.corpus)}
-    every = cells(own).items()
+    there, every = _made(own.corpus), cells(own).items()
     return {cell: told for cell, told in every if any(key(t) not in there for t in told)}
+
+
+def _made(corpus: str) -> set[str]:
+    """The keys of what is whole: a run with its record, a teacher with its doubt noted too."""
+    doubted = {key(own.of) for own in records.doubts(corpus)}
+    found = {key(own.declared): own.declared for own in records.read(corpus)}
+    return {k for k, told in found.items() if told["method"] != "teacher" or k in doubted}
 
 
 def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ()) -> None:
@@ -211,8 +242,7 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
     for method, student, budget, seed, told in own.grid():
         if (methods and told["method"] not in methods) or (updates and budget not in updates):
             continue
-        there = {key(record.declared) for record in records.read(own.corpus)}
-        if key(told) in there:
+        if key(told) in _made(own.corpus):
             continue
         if method is None:
             taught, made = ground.taught(seed)
@@ -227,7 +257,12 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
             {k: round(v, 4) for k, v in row.items() if k != "seconds"} for row in made.history
         ]
         about = list(parts.types), list(parts.documents), made.parameters, measures, history
-        records.add(own.corpus, Record(told, counts, *about))
+        record = Record(told, counts, *about)
+        records.add(own.corpus, record)
+        if method is None:
+            emissions = targets.emissions(taught, parts.test)
+            words = np.array([len(e) for e in emissions])
+            records.add_doubt(own.corpus, record, entropies(taught, emissions) / words)
         f1 = float(scores.f1(counts.sum(1)))
         print(f"{name}: {budget:6} {made.method:20} seed {seed}: {f1:5.2f}", flush=True)
 
@@ -242,12 +277,21 @@ def doubt(teacher: Taught, study: Study) -> dict[str, float]:
     """How unsure a teacher is of the text it labels: entropy of a word's label in nats, and the
     share of probability that its best sequence holds; means over words and over sentences."""
     text = targets.emissions(teacher, study.parts.text)[len(study.parts.labelled) :]
-    entropy, words, best = 0.0, 0, []
+    best = []
     for e in text:
         e, whole = e[None], torch.ones(1, len(e), dtype=torch.bool)
-        q, _ = teacher.crf.marginals(e, whole)
-        entropy += float(torch.special.entr(q).sum())
-        words += q.shape[1]
         path = teacher.crf.viterbi(e, whole)
         best.append(float(teacher.crf.log_prob(e, path, whole).exp()))
+    words = sum(map(len, text))
+    entropy = float(entropies(teacher, text).sum())
     return {"entropy": round(entropy / words, 5), "best": round(sum(best) / len(best), 5)}
+
+
+@torch.no_grad()
+def entropies(teacher: Taught, emissions: Iterable[Tensor]) -> np.ndarray:
+    """Of each sentence [n, K] the entropy of its words' labels, in nats, summed over its words."""
+    found = []
+    for e in emissions:
+        q, _ = teacher.crf.marginals(e[None], torch.ones(1, len(e), dtype=torch.bool))
+        found.append(float(torch.special.entr(q).sum()))
+    return np.array(found)

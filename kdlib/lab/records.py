@@ -1,14 +1,16 @@
 """What is left of a run in the repository: what was declared, and what it got right, as numbers.
 
 A corpus has one file of JSON lines, data/runs/<corpus>.jsonl. Tables, intervals and figures are
-made from it in seconds on any machine, without the corpus. A line is one of two:
+made from it in seconds on any machine, without the corpus. A line is one of three:
 
     a test set   {"test": digest, "types", "documents", "gold"}
     a run        {"declared": {...}, "test": digest, "parameters", "measures", "history", "wrong"}
+    a doubt      {"of": a teacher as declared, "test": digest, "doubt"}
 
-"gold" and "wrong" are arrays of whole numbers, deflated and in base64: the gold entities of each
-test sentence and type [n, types], and how many of them a run missed and how many it invented
-[n, types, 2]. No word of a corpus is among them, and no second either: times belong to the bench.
+"gold", "wrong" and "doubt" are arrays of whole numbers, deflated and in base64: the gold entities
+of each test sentence and type [n, types]; how many of them a run missed and how many it invented
+[n, types, 2]; the teacher's mean entropy over each sentence's words [n], in 1e-4 nats. No word of a
+corpus is among them, and no second either: times belong to the bench.
 """
 
 import base64
@@ -52,6 +54,15 @@ class Record:
         return np.add.reduceat(counted, starts, axis=0)
 
 
+@dataclass(frozen=True)
+class Doubt:
+    """Of a teacher, as declared: the mean entropy of its words' labels by test sentence [n], in
+    nats."""
+
+    of: dict[str, Any]
+    entropy: np.ndarray
+
+
 def per_sentence(reference: Entities, predicted: Entities, types: Sequence[str]) -> np.ndarray:
     """Right, predicted and gold entities of each sentence and type [n, types, 3]."""
     place = {kind: i for i, kind in enumerate(types)}
@@ -70,8 +81,17 @@ def file_of(corpus: str) -> Path:
 
 
 def read(corpus: str) -> list[Record]:
-    """All records of a corpus; [] where there are none yet. ValueError, with file and line, for a
-    line that is no record."""
+    """All runs of a corpus; [] where there are none yet. ValueError, with file and line, for a line
+    that is no record."""
+    return [own for own in _read(corpus) if isinstance(own, Record)]
+
+
+def doubts(corpus: str) -> list[Doubt]:
+    """How unsure its teachers are of test sentences, as far as that was noted."""
+    return [own for own in _read(corpus) if isinstance(own, Doubt)]
+
+
+def _read(corpus: str) -> list[Record | Doubt]:
     file, tests, found = file_of(corpus), {}, []
     if not file.exists():
         return found
@@ -81,6 +101,10 @@ def read(corpus: str) -> list[Record]:
             if "gold" in row:
                 shape = row["sentences"], len(row["types"])
                 tests[row["test"]] = row, _unpacked(row["gold"], shape)
+                continue
+            if "doubt" in row:
+                doubts = _unpacked(row["doubt"], (tests[row["test"]][0]["sentences"],), np.uint16)
+                found.append(Doubt(row["of"], doubts / 1e4))
                 continue
             test, gold = tests[row["test"]]
             missed, invented = np.moveaxis(_unpacked(row["wrong"], (*gold.shape, 2)), -1, 0)
@@ -97,32 +121,51 @@ def add(corpus: str, record: Record) -> None:
     """Append a run, and its test set before it where that is new. What is there stays as it is,
     byte by byte, and so does the file where the same run is there already."""
     right, guessed, gold = np.moveaxis(record.counts, -1, 0)
-    content = json.dumps([gold.tolist(), record.types, record.documents])
-    test = hashlib.sha256(content.encode()).hexdigest()[:16]
+    test = _test(gold, record)
     head = {"test": test, "types": record.types, "documents": record.documents}
     head |= {"sentences": len(gold), "gold": _packed(gold)}
     wrong = _packed(np.stack([gold - right, guessed - right], -1))
     row = {"declared": record.declared, "test": test, "parameters": record.parameters}
     row |= {"measures": record.measures, "history": record.history, "wrong": wrong}
+    _append(corpus, "declared", row, head)
+
+
+def add_doubt(corpus: str, record: Record, entropy: np.ndarray) -> None:
+    """Append how unsure a teacher is of each test sentence, in nats, after its own record."""
+    told = _packed(np.minimum(np.round(1e4 * entropy), 65535), np.uint16)
+    test = _test(record.counts[..., 2], record)
+    _append(corpus, "of", {"of": record.declared, "test": test, "doubt": told})
+
+
+def _test(gold: np.ndarray, record: Record) -> str:
+    """A digest of a test set."""
+    content = json.dumps([gold.tolist(), record.types, record.documents])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _append(corpus: str, name: str, row: dict, head: dict | None = None) -> None:
+    """A line, unless one with the same `name` is there; `head` before it where that is new."""
     file = file_of(corpus)
     with cache.locked(file):
-        read(corpus)  # nothing is added to a damaged file
+        _read(corpus)  # nothing is added to a damaged file
         lines = file.read_text(encoding="utf8").splitlines() if file.exists() else []
         rows = [json.loads(line) for line in lines]
-        if json.loads(json.dumps(record.declared)) in [old.get("declared") for old in rows]:
+        if json.loads(json.dumps(row[name])) in [old.get(name) for old in rows]:
             return
-        if all(old.get("gold") is None or old["test"] != test for old in rows):
+        if head and all(old.get("gold") is None or old["test"] != head["test"] for old in rows):
             lines.append(json.dumps(head))
         write_text(file, "\n".join([*lines, json.dumps(row)]) + "\n")
 
 
-def _packed(numbers: np.ndarray) -> str:
-    if numbers.min(initial=0) < 0 or numbers.max(initial=0) > 255:
-        raise ValueError(f"expected numbers from 0 to 255, got {numbers.min()} to {numbers.max()}")
-    deflated = zlib.compress(numbers.astype(np.uint8).tobytes(), 9)
+def _packed(numbers: np.ndarray, kind: type = np.uint8) -> str:
+    most = np.iinfo(kind).max
+    if numbers.min(initial=0) < 0 or numbers.max(initial=0) > most:
+        got = f"{numbers.min()} to {numbers.max()}"
+        raise ValueError(f"expected numbers from 0 to {most}, got {got}")
+    deflated = zlib.compress(numbers.astype(kind).tobytes(), 9)
     return base64.b64encode(deflated).decode("ascii")
 
 
-def _unpacked(text: str, shape: Sequence[int]) -> np.ndarray:
+def _unpacked(text: str, shape: Sequence[int], kind: type = np.uint8) -> np.ndarray:
     inflated = zlib.decompress(base64.b64decode(text))
-    return np.frombuffer(inflated, np.uint8).reshape(shape).astype(np.int64)
+    return np.frombuffer(inflated, kind).reshape(shape).astype(np.int64)

@@ -73,6 +73,45 @@ def test_the_cells_of_a_grid_make_the_whole_experiment(at_hand):
         evidence.run("own", [], [4])
 
 
+def test_a_teachers_doubt_is_kept_a_sentence_and_added_where_it_was_not(at_hand):
+    evidence.run("own")
+    whole = at_hand.read_text()
+    said = records.doubts("tiny")
+    assert [own.of["seed"] for own in said] == [0, 1]
+    assert all(own.of["method"] == "teacher" for own in said)
+    labels = 2 * len(CORPUS.types) + 1
+    for own in said:
+        assert len(own.entropy) == len(CORPUS.test)
+        assert ((own.entropy > 0) & (own.entropy <= np.log(labels))).all()
+    lines = [line for line in whole.splitlines() if "doubt" not in line]
+    at_hand.write_text("\n".join(lines) + "\n")  # as records were before
+    assert ("teacher", 0) in evidence.missing("own")
+    evidence.run("own")
+    assert sorted(at_hand.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_differences_by_doubt_by_hand(monkeypatch):
+    """Of four sentences one side finds all, the other misses the one its teacher doubts most."""
+    gold = np.ones((4, 1, 1), dtype=int)
+    all_found = np.concatenate([gold] * 3, -1)
+    missed = all_found.copy()
+    missed[1, :, :2] = 0
+
+    def of(method, counts):
+        return Record({"method": method, "seed": 0}, counts, ["A"], [], 1, {}, []), 9
+
+    both = [of("posterior", all_found), of("pseudo-labels", missed)]
+    monkeypatch.setattr(evidence, "recorded", lambda experiment: both)
+    entropy = np.array([0.1, 0.9, 0.2, 0.3])
+    teacher = OWN.declared(None, "", 0, 0)
+    monkeypatch.setattr(records, "doubts", lambda corpus: [records.Doubt(teacher, entropy)])
+    rows = evidence.by_doubt(OWN, "posterior", cut=2)
+    assert rows["entropy"].tolist() == pytest.approx([0.15, 0.6])
+    assert rows["difference"].tolist() == pytest.approx([0, 100 - 66.667])
+    monkeypatch.setattr(records, "doubts", lambda corpus: [])
+    assert evidence.by_doubt(OWN, "posterior").empty
+
+
 def test_an_unknown_experiment_and_a_damaged_record_are_errors(at_hand):
     with pytest.raises(ValueError, match=r"expected one of \['own'\], got 'other'"):
         evidence.run("other")

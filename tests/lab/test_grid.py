@@ -61,7 +61,7 @@ def home(tmp_path):
 def test_a_grid_of_jobs_fills_records_and_notebooks_and_has_nothing_left_to_do(home):
     snakemake(home, "-j", "2", experiments="own")
     records = (home / "data" / "runs" / "demo.jsonl").read_text().splitlines()
-    assert len(records) == 1 + 2 + 4  # the test set, two teachers, two methods of two seeds
+    assert len(records) == 1 + 2 * 2 + 4  # test set, teachers, doubts, two methods of two seeds
     assert {f.name for f in (home / "build").glob("*.key")} == {
         "00_reads.default.key",
         "01_writes.default.key",
