@@ -1,10 +1,13 @@
 """`python -m kdlib bench inference`: what a user waits for, from text to entities with offsets."""
 
+import contextlib
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,15 @@ from kdlib.twin_tower import TwinTower
 tower = TwinTower.from_pretrained('{folder}/torch')
 model = lambda text: tower.predict_entities(text, {labels})
 """
+FAST_GLINER = "KDLIB_FAST_GLINER"  # a Python that has the package, which pins older libraries
+BY_FAST_GLINER = """
+import json, os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{threads}])  # it has no such option
+from fast_gliner import FastGLiNER
+model = FastGLiNER({folder!r}, onnx_path="model.onnx")
+for line in sys.stdin:
+    print(len(model.predict_entities(json.loads(line), {labels})), flush=True)
+"""
 IN_ONNX = """
 from kdlib.ship import runtime
 model = runtime.load('{folder}', int8={int8}).predict_entities
@@ -51,7 +63,8 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
     """Every model on the same texts of 20 words, in turns, at batch 1 and 32, on one thread and on
     two; speed does not depend on what they have learnt. ratio: how many times as fast as a GLiNER
     of gliner_small's shape in torch. load_ms, resident_mb: a fresh process from its start to the
-    first answer, on one thread."""
+    first answer, on one thread. fast_gliner is there where $KDLIB_FAST_GLINER names a Python that
+    has it."""
     texts = bench.sentences()
     study = Study(corpora.shuffled(corpora.load("demo"), 100, 100), Fitted())
     own = {"MiniLM-CRF, the teacher": study.new_teacher().eval()}
@@ -59,16 +72,19 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
         own[name] = study.new_student(kind, 0).eval()
     own["twin tower"] = TwinTower(pretrained.load().tokenizer).eval()
     shapes = {"gliner_small's shape": (True, "markerV0"), "MiniLM": (False, "token_level")}
+    gliners = {name: bench.untrained_gliner(*shape) for name, shape in shapes.items()}
     asked = {
         f"GLiNER, {name}|{run}": model
-        for name, shape in shapes.items()
-        for run, model in bench.runtimes(bench.untrained_gliner(*shape)).items()
+        for name, gliner in gliners.items()
+        for run, model in bench.runtimes(gliner).items()
     }
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch) / str(i) for i, name in enumerate(own)}
         for name, model in own.items():
             export(model, folders[name], {}, labels=bench.LABELS)
             model.save_pretrained(folders[name] / "torch")
+        if FAST_GLINER in os.environ:
+            gliners["gliner_small's shape"].export_to_onnx(Path(scratch) / "gliner")
         tables = []
         for threads in THREADS:
             torch.set_num_threads(threads)
@@ -77,7 +93,11 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
                 models[f"{name}|torch"] = _in_torch(model)
                 for run, int8 in RUNTIMES.items():
                     models[f"{name}|{run}"] = runtime.load(folders[name], int8, threads).inference
-            tables += [_timed(models, texts, batch, threads, seconds) for batch in BATCHES]
+            with contextlib.ExitStack() as stack:
+                if FAST_GLINER in os.environ:
+                    fast = stack.enter_context(_fast_gliner(Path(scratch) / "gliner", threads))
+                    models["GLiNER, gliner_small's shape|fast_gliner"] = fast
+                tables += [_timed(models, texts, batch, threads, seconds) for batch in BATCHES]
         table = pd.concat(tables, ignore_index=True)
         for name, folder in folders.items():
             for run, int8 in {"torch": False, **RUNTIMES}.items():
@@ -98,6 +118,25 @@ def _in_torch(model: Any) -> Callable[[list[str]], object]:
     if isinstance(model, Tagger):
         return lambda part: model.predict(_words(part))
     return lambda part: model.inference(part, list(bench.LABELS), batch_size=len(part))
+
+
+@contextlib.contextmanager
+def _fast_gliner(folder: Path, threads: int) -> Iterator[Callable[[list[str]], object]]:
+    """The same GLiNER's ONNX graph by the package fast_gliner, in a process of its own."""
+    code = BY_FAST_GLINER.format(threads=threads, folder=str(folder), labels=list(bench.LABELS))
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([os.environ[FAST_GLINER], "-c", code], **how) as child:
+
+        def answer(part: list[str]) -> int:
+            child.stdin.write(json.dumps(part) + "\n")
+            child.stdin.flush()
+            told = child.stdout.readline()
+            if told != f"{len(part)}\n":
+                raise RuntimeError(f"fast_gliner: expected {len(part)} answers, got {told!r}")
+            return len(part)
+
+        yield answer
+        child.stdin.close()
 
 
 def _words(texts: list[str]) -> list[Sentence]:

@@ -104,7 +104,8 @@ def bench(
     crf: against pytorch-crf and torch-struct. gliner: the twin tower against GLiNER in torch, ONNX
     and int8. students: small Transformers in turns with their teacher. surrogates: k-best labels
     beside the teacher's forward passes. inference: what a user waits for, GLiNERs, teacher and
-    student, in torch and in onnxruntime. updates: what one update costs, by method.
+    student, in torch and in onnxruntime (and GLiNER by fast_gliner, where $KDLIB_FAST_GLINER names
+    a Python that has it). updates: what one update costs, by method.
     shipped_conll2003 (or ncbi_disease, wnut17, from $KDLIB_DATA): ten minutes of `distil` beside
     spaCy's tagger on the same labels.
     """
