@@ -98,19 +98,23 @@ def inference(seconds: float = 10.0) -> pd.DataFrame:
                     fast = stack.enter_context(_fast_gliner(Path(scratch) / "gliner", threads))
                     models["GLiNER, gliner_small's shape|fast_gliner"] = fast
                 tables += [_timed(models, texts, batch, threads, seconds) for batch in BATCHES]
-        table = pd.concat(tables, ignore_index=True)
-        for name, folder in folders.items():
-            for run, int8 in {"torch": False, **RUNTIMES}.items():
-                in_torch = TWIN_IN_TORCH if name == "twin tower" else IN_TORCH
-                load = in_torch if run == "torch" else IN_ONNX
-                load = load.format(folder=folder, int8=int8, labels=list(bench.LABELS))
-                file = "onnx/model_int8.onnx" if int8 else "model.safetensors"
-                of = (*_fresh(load, texts[0]), (folder / file).stat().st_size / 1e6)
-                rows = (table["model"] == name) & (table["runtime"] == run)
-                for column, value in zip(("load_ms", "resident_mb", "disk_mb"), of, strict=True):
-                    table.loc[rows, column] = round(value, 1)
+        started = [r for name in folders for r in _started(name, folders[name], texts[0])]
+    table = pd.concat(tables).merge(pd.DataFrame(started), on=["model", "runtime"], how="left")
     print(table.to_string(index=False))
     return table
+
+
+def _started(name: str, folder: Path, text: str) -> Iterator[dict]:
+    """What it costs to start with a model's folder, by runtime."""
+    for run, int8 in {"torch": False, **RUNTIMES}.items():
+        in_torch = TWIN_IN_TORCH if name == "twin tower" else IN_TORCH
+        load = in_torch if run == "torch" else IN_ONNX
+        load = load.format(folder=folder, int8=int8, labels=list(bench.LABELS))
+        file = "onnx/model_int8.onnx" if int8 else "model.safetensors"
+        taken, resident = _fresh(load, text)
+        row = {"model": name, "runtime": run, "load_ms": round(taken, 1)}
+        row["resident_mb"] = round(resident, 1)
+        yield row | {"disk_mb": round((folder / file).stat().st_size / 1e6, 1)}
 
 
 def _in_torch(model: Any) -> Callable[[list[str]], object]:
