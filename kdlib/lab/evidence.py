@@ -263,6 +263,12 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
             emissions = targets.emissions(taught, parts.test)
             words = np.array([len(e) for e in emissions])
             records.add_doubt(own.corpus, record, entropies(taught, emissions) / words)
+            kept = next(r for r in records.read(own.corpus) if key(r.declared) == key(told))
+            if not np.array_equal(kept.counts, counts):  # another processor's, say
+                was = float(scores.f1(kept.counts.sum(1)))
+                print(
+                    f"{name}: the recorded teacher of seed {seed} has {was:.2f}, and its own doubt"
+                )
         f1 = float(scores.f1(counts.sum(1)))
         print(f"{name}: {budget:6} {made.method:20} seed {seed}: {f1:5.2f}", flush=True)
 
