@@ -280,10 +280,10 @@ class TwinTower(Student):
     def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
         super().__init__(folder, config, int8, threads)
         tokenizer = (folder / "tokenizer.json").read_text(encoding="utf8")
-        names = "vocabulary", "unknown_piece", "buckets"
-        size, unknown, buckets = (int(config[name]) for name in names)
-        if buckets < 1:
-            raise ValueError(f"buckets: expected at least 1, got {buckets}")
+        size, buckets, unknown = (config[k] for k in ("vocabulary", "buckets", "unknown_piece"))
+        if not all(isinstance(x, int) for x in (size, buckets, unknown or 0)) or buckets < 1:
+            got = f"{size!r}, {buckets!r}, {unknown!r}"
+            raise ValueError(f"vocabulary, buckets, unknown_piece: expected numbers, got {got}")
         self._pieces = Pieces(tokenizer, size, unknown, buckets)
         self._run([[(size + buckets - 1,)]], [(0,)])  # an error if the table is shorter
 

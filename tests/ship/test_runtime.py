@@ -125,6 +125,8 @@ def test_a_twin_tower_with_a_damaged_config_is_refused(twin, damage):
     (folder / runtime.CONFIG).write_text(json.dumps(config | damage))
     with pytest.raises(ValueError, match="expected the files of a whole student"):
         runtime.load(folder)
+    (folder / runtime.CONFIG).write_text(json.dumps(config | {"unknown_piece": None}))
+    assert runtime.load(folder).predict_entities("Anna", ["PER"], 0.0)  # a byte-level tokenizer's
 
 
 def test_int8_is_near_and_a_quarter_as_large(made):
