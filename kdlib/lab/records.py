@@ -132,6 +132,10 @@ def add(corpus: str, record: Record) -> None:
 
 def add_doubt(corpus: str, record: Record, entropy: np.ndarray) -> None:
     """Append how unsure a teacher is of each test sentence, in nats, after its own record."""
+    if entropy.shape != (len(record.counts),) or not np.isfinite(entropy).all():
+        raise ValueError(
+            f"entropy: expected {len(record.counts)} numbers, got {entropy.shape}: {entropy}"
+        )
     told = _packed(np.minimum(np.round(1e4 * entropy), 65535), np.uint16)
     test = _test(record.counts[..., 2], record)
     _append(corpus, "of", {"of": record.declared, "test": test, "doubt": told})

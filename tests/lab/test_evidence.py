@@ -142,6 +142,17 @@ def test_counts_come_back_as_they_were(tmp_path, monkeypatch):
     assert (back.parameters, back.measures, back.declared["k"]) == (7, {"x": 1.5}, [1, 2])
 
 
+def test_a_doubt_that_does_not_fit_is_refused_and_nothing_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    record = Record({"method": "teacher"}, np.zeros((3, 1, 3), int), ["A"], [], 1, {}, [])
+    records.add("c", record)
+    before = records.file_of("c").read_bytes()
+    for wrong in ([0.1, 0.2], [0.1, np.nan, 0.2]):
+        with pytest.raises(ValueError, match="entropy: expected 3 numbers"):
+            records.add_doubt("c", record, np.array(wrong))
+    assert records.file_of("c").read_bytes() == before
+
+
 def test_contrasts_by_hand(monkeypatch):
     """One side finds every entity, the other half of them, in both seeds: 100 - 66.7."""
     gold = np.full((40, 1, 1), 2)

@@ -15,6 +15,7 @@ from kdlib.students import Thin, Twin
 from kdlib.teachers import gliner
 from kdlib.text.readers import write_json_lines
 from kdlib.text.tags import Sentence, Span
+from kdlib.twin_tower import TwinTower
 
 ANY = Gate(agreement=0, recall=0)
 
@@ -94,6 +95,14 @@ def test_a_twin_tower_is_shipped_and_can_be_asked_for_other_labels(own):
         {"start": 0, "end": 21, "text": "Anna lives in Paris .", "label": "a city"}
         | {"score": found[0]["score"]}
     ]
+
+
+@pytest.mark.parametrize(("kind", "least"), [("twin", 0.5), ("bilstm", 0.0)])
+def test_a_type_that_dev_lacks_keeps_its_default_threshold(tiny, tmp_path, kind, least):
+    model = TwinTower(tiny.tokenizer, 8, 6) if kind == "twin" else tagger(tiny)
+    dev = [Sentence(s.tokens, ()) for s in SENTENCES]
+    found = distil.choose_thresholds(model.eval(), ["LOC", "PER"], dev, tmp_path / "s")
+    assert found["PER"] == pytest.approx(least)
 
 
 def test_a_student_that_fails_the_gate_is_set_aside(own):
