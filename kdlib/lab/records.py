@@ -103,7 +103,7 @@ def _read(corpus: str) -> list[Record | Doubt]:
                 tests[row["test"]] = row, _unpacked(row["gold"], shape)
                 continue
             if "doubt" in row:
-                doubts = _unpacked(row["doubt"], (tests[row["test"]][0]["sentences"],), np.uint16)
+                doubts = _unpacked(row["doubt"], (tests[row["test"]][0]["sentences"],), "<u2")
                 found.append(Doubt(row["of"], doubts / 1e4))
                 continue
             test, gold = tests[row["test"]]
@@ -136,7 +136,7 @@ def add_doubt(corpus: str, record: Record, entropy: np.ndarray) -> None:
         raise ValueError(
             f"entropy: expected {len(record.counts)} numbers, got {entropy.shape}: {entropy}"
         )
-    told = _packed(np.minimum(np.round(1e4 * entropy), 65535), np.uint16)
+    told = _packed(np.minimum(np.round(1e4 * entropy), 65535), "<u2")
     test = _test(record.counts[..., 2], record)
     _append(corpus, "of", {"of": record.declared, "test": test, "doubt": told})
 
@@ -161,7 +161,7 @@ def _append(corpus: str, name: str, row: dict, head: dict | None = None) -> None
         write_text(file, "\n".join([*lines, json.dumps(row)]) + "\n")
 
 
-def _packed(numbers: np.ndarray, kind: type = np.uint8) -> str:
+def _packed(numbers: np.ndarray, kind: str = "u1") -> str:
     most = np.iinfo(kind).max
     if numbers.min(initial=0) < 0 or numbers.max(initial=0) > most:
         got = f"{numbers.min()} to {numbers.max()}"
@@ -170,6 +170,6 @@ def _packed(numbers: np.ndarray, kind: type = np.uint8) -> str:
     return base64.b64encode(deflated).decode("ascii")
 
 
-def _unpacked(text: str, shape: Sequence[int], kind: type = np.uint8) -> np.ndarray:
+def _unpacked(text: str, shape: Sequence[int], kind: str = "u1") -> np.ndarray:
     inflated = zlib.decompress(base64.b64decode(text))
     return np.frombuffer(inflated, kind).reshape(shape).astype(np.int64)

@@ -139,11 +139,11 @@ class Student:
         rows = sorted(range(len(windows)), key=lengths.__getitem__)
         parts = calls.batches(rows, lengths, batch_size, WORDS_AT_ONCE) if windows else ()
         for part in parts:
-            entities = self._entities(texts, windows, part, least)
-            for row, own in zip(part, entities, strict=True):
-                window = windows[row]
+            some = [windows[row] for row in part]
+            words = [[texts[w.text][a:b] for a, b in w.words] for w in some]
+            for window, entities in zip(some, self._entities(words, least), strict=True):
                 text = texts[window.text]
-                for start, end, label, score in own:
+                for start, end, label, score in entities:
                     a, b = window.words[start][0], window.words[end - 1][1]
                     entity = {"start": a, "end": b, "text": text[a:b]}
                     found[window.text].append(entity | {"label": label, "score": score})
@@ -173,14 +173,10 @@ class Student:
         """ValueError for labels that it cannot give."""
 
     def _entities(
-        self,
-        texts: Sequence[str],
-        windows: Sequence[Window],
-        part: Sequence[int],
-        least: Mapping[str, float],
+        self, words: Sequence[Sequence[str]], least: Mapping[str, float]
     ) -> Iterator[list[tuple[int, int, str, float]]]:
-        """Of each window its entities, words, label, score: of the labels of `least` those that
-        reach it."""
+        """Of each window's words the entities, from word, to word, label, score: of the labels of
+        `least` those that reach it."""
         raise NotImplementedError
 
 
@@ -202,7 +198,7 @@ class Tagger(Student):
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        emissions, lengths = self.emissions(["a b"], [Window(0, [(0, 1), (2, 3)])], [0])
+        emissions, lengths = self.emissions([["a", "b"]])
         numbers = emissions.shape[2], len(self._tags), len(self.crf.start)
         if len(set(numbers)) > 1:
             raise ValueError(f"expected as many tags as scores, got {numbers}")
@@ -214,21 +210,18 @@ class Tagger(Student):
         if strange:
             raise ValueError(f"labels: expected some of {self.labels}, got {strange}")
 
-    def emissions(
-        self, texts: Sequence[str], windows: Sequence[Window], part: Sequence[int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [B, L, K] of the words of some windows, padded with 0, and their lengths [B]."""
-        own = [[texts[windows[r].text][a:b] for a, b in windows[r].words] for r in part]
+    def emissions(self, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [B, L, K] of some texts' words, padded with 0, and their lengths [B]."""
         how = {"is_pretokenized": True, "add_special_tokens": False}
-        if len(own) == 1:  # without a pool of threads
-            encoded = [self._tokenizer.encode(own[0], **how)]
+        if len(words) == 1:  # without a pool of threads
+            encoded = [self._tokenizer.encode(words[0], **how)]
         else:
-            encoded = self._tokenizer.encode_batch(own, **how)
+            encoded = self._tokenizer.encode_batch(words, **how)
         before, after = self._around
         rows: list[list[int]] = []
         firsts: list[list[tuple[int, int]]] = []  # per word: row and place of its first piece
-        for words, pieces in zip(own, encoded, strict=True):
-            of: list[list[int]] = [[] for _ in words]
+        for text, pieces in zip(words, encoded, strict=True):
+            of: list[list[int]] = [[] for _ in text]
             for piece, word in zip(pieces.ids, pieces.word_ids, strict=True):
                 of[word].append(piece)
             row, first = list(before), []
@@ -253,13 +246,9 @@ class Tagger(Student):
         return out, counts
 
     def _entities(
-        self,
-        texts: Sequence[str],
-        windows: Sequence[Window],
-        part: Sequence[int],
-        least: Mapping[str, float],
+        self, words: Sequence[Sequence[str]], least: Mapping[str, float]
     ) -> Iterator[list[tuple[int, int, str, float]]]:
-        emissions, lengths = self.emissions(texts, windows, part)
+        emissions, lengths = self.emissions(words)
         paths = self.crf.viterbi(emissions, lengths)
         spans = [to_spans([self._tags[k] for k in path]) for path in paths]
         some = [i for i, own in enumerate(spans) if own]
@@ -275,7 +264,7 @@ class Tagger(Student):
 class TwinTower(Student):
     """Any labels: those it was taught, or others. An entity is a run of words with one best label,
     each likelier than the label's threshold to be in any entity at all; its score is the mean of
-    that probability."""
+    that probability. Unlike in torch, a run ends where a window of a long text does."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
         super().__init__(folder, config, int8, threads)
@@ -288,19 +277,13 @@ class TwinTower(Student):
         self._run([[(size + buckets - 1,)]], [(0,)])  # an error if the table is shorter
 
     def probabilities(
-        self,
-        texts: Sequence[str],
-        windows: Sequence[Window],
-        part: Sequence[int],
-        labels: Sequence[str],
+        self, words: Sequence[Sequence[str]], labels: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Of the words of some windows "none" and each label, [B, L, 1 + U], and lengths [B]."""
-        own = [
-            [self._pieces(texts[windows[r].text][a:b]) for a, b in windows[r].words] for r in part
-        ]
+        """Of some texts' words "none" and each label, [B, L, 1 + U], and lengths [B]."""
+        own = [list(map(self._pieces, text)) for text in words]
         scores = self._run(own, [self._pieces(label) for label in labels])
         likely = np.exp(scores - scores.max(2, keepdims=True))
-        return likely / likely.sum(2, keepdims=True), np.array([len(words) for words in own])
+        return likely / likely.sum(2, keepdims=True), np.array([len(text) for text in words])
 
     def _run(self, texts: Sequence[Sequence[Bag]], labels: Sequence[Bag]) -> np.ndarray:
         """Scores [B, L, 1 + U] of each text's words, given as their pieces."""
@@ -321,14 +304,10 @@ class TwinTower(Student):
         return self._session.run(None, given)[0]
 
     def _entities(
-        self,
-        texts: Sequence[str],
-        windows: Sequence[Window],
-        part: Sequence[int],
-        least: Mapping[str, float],
+        self, words: Sequence[Sequence[str]], least: Mapping[str, float]
     ) -> Iterator[list[tuple[int, int, str, float]]]:
         labels, bounds = list(least), np.array(list(least.values()))
-        found, lengths = self.probabilities(texts, windows, part, labels)
+        found, lengths = self.probabilities(words, labels)
         for own, length in zip(found, lengths.tolist(), strict=True):
             likely, best = 1 - own[:length, 0], own[:length, 1:].argmax(1)
             kept = np.where(likely > bounds[best], best + 1, 0).tolist()

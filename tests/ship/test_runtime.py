@@ -23,6 +23,11 @@ from kdlib.twin_tower import TwinTower
 TEXTS = [" ".join(s.tokens) for s in SENTENCES[:4]]
 
 
+def words_of(text):
+    (words,) = runtime.calls.windows(text, 99)
+    return [text[a:b] for a, b in words]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_folder):
     """A BiLSTM of two layers with sure opinions, and the folder it was written to."""
@@ -40,12 +45,10 @@ def made(tmp_path_factory, tiny_folder):
 def test_fp32_gives_what_torch_gives_alone_and_in_a_batch(made):
     model, folder = made
     student = runtime.load(folder, int8=False)
-    windows = [
-        runtime.Window(i, w) for i, t in enumerate(TEXTS) for w in runtime.calls.windows(t, 99)
-    ]
-    together, lengths = student.emissions(TEXTS, windows, range(len(windows)))
+    words = [words_of(text) for text in TEXTS]
+    together, lengths = student.emissions(words)
     for i, sentence in enumerate(SENTENCES[:4]):
-        alone, _ = student.emissions(TEXTS, windows, [i])
+        alone, _ = student.emissions(words[i : i + 1])
         np.testing.assert_allclose(together[i, : lengths[i]], alone[0], atol=1e-6)
         (expected,) = model.emissions(model.encode([sentence]))
         np.testing.assert_allclose(alone[0], expected, atol=2e-5)
@@ -69,10 +72,7 @@ def test_a_bert_gives_what_torch_gives_in_windows_of_its_own_too(tiny, tmp_path,
     student = runtime.load(tmp_path / "s", int8=False)
     words = ("anna", "lives", "in", "paris") * 5  # more pieces than its 24 places
     texts = [*TEXTS, " ".join(words)]
-    windows = [
-        runtime.Window(i, w) for i, t in enumerate(texts) for w in runtime.calls.windows(t, 99)
-    ]
-    together, lengths = student.emissions(texts, windows, range(5))
+    together, lengths = student.emissions([words_of(text) for text in texts])
     for i, sentence in enumerate([*SENTENCES[:4], Sentence(words)]):
         (expected,) = model.emissions(model.encode([sentence]))
         np.testing.assert_allclose(together[i, : lengths[i]], expected, atol=2e-5)
@@ -109,9 +109,8 @@ def test_a_twin_tower_gives_what_torch_gives_for_any_labels(twin):
     assert [[e["text"] for e in own] for own in near] == [
         [e["text"] for e in own] for own in student.inference(texts, ["PER"], 0.0)
     ]
-    assert student.predict_entities(TEXTS[0]) == [  # each label's own threshold
-        e for e in student.inference(TEXTS[0])[0] if e["score"] > student.thresholds[e["label"]]
-    ]
+    by_default, asked = (student.inference(texts, ["PER"], least) for least in (None, 0.3))
+    assert by_default == asked  # the label's own threshold
 
 
 @pytest.mark.parametrize(
@@ -132,8 +131,7 @@ def test_a_twin_tower_with_a_damaged_config_is_refused(twin, damage):
 def test_int8_is_near_and_a_quarter_as_large(made):
     _, folder = made
     small, whole = (runtime.load(folder, int8=int8) for int8 in (True, False))
-    windows = [runtime.Window(0, w) for w in runtime.calls.windows(TEXTS[2], 99)]
-    ours, exact = (side.emissions(TEXTS[2:3], windows, [0])[0] for side in (small, whole))
+    ours, exact = (side.emissions([words_of(TEXTS[2])])[0] for side in (small, whole))
     assert 0 < abs(ours - exact).max() < 0.1 * abs(exact).max()
     sizes = [(folder / "onnx" / f"model{end}.onnx").stat().st_size for end in ("_int8", "")]
     assert sizes[0] < sizes[1]
