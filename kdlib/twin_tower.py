@@ -149,8 +149,8 @@ class TwinTower(nn.Module):
         if buckets < 1:
             raise ValueError(f"buckets: expected at least 1, got {buckets}")
         self.tokenizer = tokenizer
-        own, size = tokenizer.backend_tokenizer.to_str(), len(tokenizer)
-        self.pieces = Pieces(own, size, tokenizer.unk_token_id, buckets)
+        own = tokenizer.backend_tokenizer.to_str()
+        self.pieces = Pieces(own, tokenizer.unk_token_id, buckets)
         self.config = {
             "embedding": embedding,
             "hidden": hidden,
@@ -158,7 +158,7 @@ class TwinTower(nn.Module):
             "buckets": buckets,
             "dropout": dropout,
         }
-        self.embedding = nn.EmbeddingBag(size + buckets, embedding, mode="mean")
+        self.embedding = nn.EmbeddingBag(self.pieces.size + buckets, embedding, mode="mean")
         widths = [embedding] + [2 * hidden] * (layers - 1)
         self.forwards = nn.ModuleList(nn.LSTM(width, hidden, batch_first=True) for width in widths)
         self.backwards = nn.ModuleList(nn.LSTM(width, hidden, batch_first=True) for width in widths)

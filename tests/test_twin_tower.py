@@ -194,6 +194,8 @@ def test_words_the_tokenizer_does_not_know_are_told_apart_and_none_is_lost(model
     known, *strange = (model.pieces(w) for w in ("paris", "😀", "東", "ქალაქი", "\u200b"))
     assert max(known) < vocabulary <= min(min(p) for p in strange) and len(set(strange)) == 4
     assert model.pieces("in 東") == (*model.pieces("in"), *model.pieces("東"))
+    long = 99 * "in 東 "
+    assert model.pieces(long) == 99 * model.pieces("in 東") and long not in model.pieces._known
 
 
 def test_saved_and_read_back_it_answers_the_same(model, tmp_path):

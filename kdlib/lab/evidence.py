@@ -181,18 +181,24 @@ def by_doubt(
     """F1 of a method minus another's, seed by seed, on the `cut`th of the test sentences that its
     teacher is surest of, on the next, and so on: updates, seed, part (1 to cut), entropy (mean of
     the part's sentences, nats a word), difference."""
-    doubted = {key(own.of): own.entropy for own in records.doubts(experiment.corpus)}
-    found: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    doubts = records.doubts(experiment.corpus)
+    doubted = {(key(own.of), own.test): own.entropy for own in doubts}
+    found: dict[tuple[int, int], dict[str, Record]] = {}
     for record, updates in recorded(experiment):
         own = found.setdefault((updates, record.declared["seed"]), {})
-        own[record.declared["method"]] = record.counts.sum(1)
+        own[record.declared["method"]] = record
     rows = []
     for (updates, seed), own in found.items():
-        entropy = doubted.get(key(experiment.declared(None, "", 0, seed)))
-        if entropy is None or not {method, against} <= own.keys():
+        if not {method, against} <= own.keys():
+            continue
+        teacher = key(experiment.declared(None, "", 0, seed))
+        entropy = doubted.get((teacher, own[method].test))
+        if entropy is None:
             continue
         for part, some in enumerate(np.array_split(np.argsort(entropy, kind="stable"), cut), 1):
-            ours, theirs = (float(scores.f1(own[name][some])) for name in (method, against))
+            ours, theirs = (
+                float(scores.f1(own[name].counts[some].sum(1))) for name in (method, against)
+            )
             about = {"method": method, "updates": updates, "seed": seed, "part": part}
             about["entropy"] = round(float(entropy[some].mean()), 5)
             rows.append(about | {"difference": round(ours - theirs, 3)})

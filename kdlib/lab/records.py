@@ -45,6 +45,12 @@ class Record:
     history: list[dict]
 
     @property
+    def test(self) -> str:
+        """A digest of its test set."""
+        content = json.dumps([self.counts[..., 2].tolist(), self.types, self.documents])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
     def units(self) -> np.ndarray:
         """Counts [n, 3] of what a bootstrap draws: documents where they are known, or sentences."""
         counted = self.counts.sum(1)
@@ -57,9 +63,10 @@ class Record:
 @dataclass(frozen=True)
 class Doubt:
     """Of a teacher, as declared: the mean entropy of its words' labels by test sentence [n], in
-    nats."""
+    nats. test: the digest of the test set."""
 
     of: dict[str, Any]
+    test: str
     entropy: np.ndarray
 
 
@@ -95,7 +102,7 @@ def _read(corpus: str) -> list[Record | Doubt]:
     file, tests, found = file_of(corpus), {}, []
     if not file.exists():
         return found
-    for number, line in enumerate(file.read_text(encoding="utf8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
             if "gold" in row:
@@ -104,7 +111,7 @@ def _read(corpus: str) -> list[Record | Doubt]:
                 continue
             if "doubt" in row:
                 doubts = _unpacked(row["doubt"], (tests[row["test"]][0]["sentences"],), "<u2")
-                found.append(Doubt(row["of"], doubts / 1e4))
+                found.append(Doubt(row["of"], row["test"], doubts / 1e4))
                 continue
             test, gold = tests[row["test"]]
             missed, invented = np.moveaxis(_unpacked(row["wrong"], (*gold.shape, 2)), -1, 0)
@@ -121,7 +128,7 @@ def add(corpus: str, record: Record) -> None:
     """Append a run, and its test set before it where that is new. What is there stays as it is,
     byte by byte, and so does the file where the same run is there already."""
     right, guessed, gold = np.moveaxis(record.counts, -1, 0)
-    test = _test(gold, record)
+    test = record.test
     head = {"test": test, "types": record.types, "documents": record.documents}
     head |= {"sentences": len(gold), "gold": _packed(gold)}
     wrong = _packed(np.stack([gold - right, guessed - right], -1))
@@ -137,14 +144,7 @@ def add_doubt(corpus: str, record: Record, entropy: np.ndarray) -> None:
             f"entropy: expected {len(record.counts)} numbers, got {entropy.shape}: {entropy}"
         )
     told = _packed(np.minimum(np.round(1e4 * entropy), 65535), "<u2")
-    test = _test(record.counts[..., 2], record)
-    _append(corpus, "of", {"of": record.declared, "test": test, "doubt": told})
-
-
-def _test(gold: np.ndarray, record: Record) -> str:
-    """A digest of a test set."""
-    content = json.dumps([gold.tolist(), record.types, record.documents])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    _append(corpus, "of", {"of": record.declared, "test": record.test, "doubt": told})
 
 
 def _append(corpus: str, name: str, row: dict, head: dict | None = None) -> None:
@@ -156,7 +156,9 @@ def _append(corpus: str, name: str, row: dict, head: dict | None = None) -> None
         rows = [json.loads(line) for line in lines]
         if json.loads(json.dumps(row[name])) in [old.get(name) for old in rows]:
             return
-        if head and all(old.get("gold") is None or old["test"] != head["test"] for old in rows):
+        if row["test"] not in {old["test"] for old in rows if "gold" in old}:
+            if head is None:
+                raise ValueError(f"{file}: expected the teacher's record first, got its doubt")
             lines.append(json.dumps(head))
         write_text(file, "\n".join([*lines, json.dumps(row)]) + "\n")
 

@@ -140,7 +140,6 @@ def _fast_gliner(folder: Path, threads: int) -> Iterator[Callable[[list[str]], o
             return len(part)
 
         yield answer
-        child.stdin.close()
 
 
 def _words(texts: list[str]) -> list[Sentence]:

@@ -9,7 +9,7 @@ def markdown(card: dict[str, Any]) -> str:
     verdict = f"**failed its gate: {failed}**" if failed else "passed its gate"
     text, gold = f"{card['pieces of text']:,}", f"{card['gold sentences']:,}"
     lines = [
-        "# A distilled tagger",
+        f"# A distilled tagger: {card['student']}",
         "",
         f"Taught by {card['teacher']} ({card['method']}): {text} pieces of text, {gold} gold "
         f"sentences, {card['updates']:,} updates. It {verdict}.",
@@ -51,4 +51,6 @@ def markdown(card: dict[str, Any]) -> str:
         'student.predict_entities("Any text.")',
         "```",
     ]
+    if card["open"]:
+        lines += ["", 'It can be asked for other labels too: `predict_entities(text, ["river"])`.']
     return "\n".join(lines) + "\n"

@@ -147,6 +147,7 @@ def distil(
         card = measure(Path(scratch) / "chosen", tagger, own, test)
         if tested:
             card |= on_gold(runtime.load(Path(scratch) / "chosen"), tested, of_gold)
+    card |= {"student": student, "open": isinstance(tagger, TwinTower)}
     card |= {"teacher": teacher, "method": how, "updates": study.budget.updates}
     card |= {"pieces of text": cut, "gold sentences": len(learnt), "thresholds": thresholds}
     card["failed"] = failures(card, gate)

@@ -8,7 +8,7 @@ a BERT needs neither an exporter nor its versions.
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from kdlib.batches import special_pieces
 from kdlib.models import BiLstm, Tagger, Transformer, stack
 from kdlib.ship import runtime
+from kdlib.text import calls
 from kdlib.text.files import saving
 from kdlib.text.tags import split_tag
 from kdlib.twin_tower import TwinTower
@@ -37,7 +38,7 @@ def export(
     folder: str | Path,
     thresholds: Mapping[str, float],
     card: str = "",
-    labels: Iterable[str] = (),
+    labels: Sequence[str] = (),
 ) -> None:
     """Write a student's folder, whole or not at all. thresholds: a label's least score, for those
     that are not named 0, of a twin tower's 0.5. card: its README. labels: of a twin tower, what it
@@ -46,7 +47,8 @@ def export(
     ValueError for an encoder without a graph here.
     """
     named = not isinstance(model, TwinTower)
-    types = sorted({kind for _, kind in map(split_tag, model.labels) if kind} if named else labels)
+    known = {split_tag(tag)[1] for tag in model.labels} - {""} if named else calls.labels_of(labels)
+    types = sorted(known)
     strange = sorted(thresholds.keys() - set(types))
     if strange:
         raise ValueError(f"thresholds: expected labels among {types}, got {strange}")
@@ -83,7 +85,6 @@ def _open(model: TwinTower) -> dict[str, Any]:
     """What `runtime.TwinTower` needs."""
     return {
         "model_type": runtime.TWIN,
-        "vocabulary": len(model.tokenizer),
         "unknown_piece": model.tokenizer.unk_token_id,
         "buckets": model.config["buckets"],
         "encoder": model.config,

@@ -91,6 +91,8 @@ class Student:
     def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
         self.labels = sorted(config["labels"])
         self.thresholds = {label: float(config["thresholds"][label]) for label in self.labels}
+        if not all(0 <= least <= 1 for least in self.thresholds.values()):
+            raise ValueError(f"thresholds: expected numbers from 0 to 1, got {self.thresholds}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         # idle threads would take the cores of whoever waits for the answer
@@ -101,23 +103,31 @@ class Student:
     # ---- GLiNER's calls ----
 
     def predict_entities(
-        self, text: str, labels: Sequence[str] | None = None, threshold: float | None = None
+        self,
+        text: str,
+        labels: Sequence[str] | None = None,
+        threshold: float | None = None,
+        flat_ner: bool = True,
+        multi_label: bool = False,
     ) -> list[dict[str, Any]]:
         """The entities of one text, as `inference` finds them."""
         if not isinstance(text, str):
             raise TypeError(f"text: expected one string, got {type(text).__name__}")
-        return self.inference([text], labels, threshold)[0]
+        return self.inference([text], labels, threshold, flat_ner, multi_label)[0]
 
     def inference(
         self,
         texts: str | Sequence[str],
         labels: Sequence[str] | None = None,
         threshold: float | None = None,
+        flat_ner: bool = True,
+        multi_label: bool = False,
         batch_size: int = 32,
     ) -> list[list[dict[str, Any]]]:
         """Per text its entities: {"start", "end", "text", "label", "score"}, characters, end
-        exclusive, in order, never overlapping. In int8 a score moves a little with the other texts
-        of its batch, whose largest number sets the scale.
+        exclusive, in order, never overlapping: `flat_ner=False` and `multi_label=True` are errors.
+        In int8 a score moves a little with the other texts of its batch, whose largest number sets
+        the scale.
 
         labels: those wanted, all that it was taught by default; ValueError for one that this
         student cannot give. threshold: least score, by default each label's own, chosen on held-out
@@ -125,11 +135,12 @@ class Student:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         wanted = self.labels if labels is None else calls.labels_of(labels)
-        calls.check(texts, 0.5 if threshold is None else threshold, True, False, batch_size)
+        least = 0.5 if threshold is None else threshold
+        calls.check(texts, least, flat_ner, multi_label, batch_size)
         calls.check_characters(texts, "texts")
         self._check(wanted)
-        own = self.thresholds if threshold is None else dict.fromkeys(wanted, threshold)
-        least = {label: own.get(label, 0.5) for label in wanted}
+        own = self.thresholds if threshold is None else {}
+        bounds = {label: own.get(label, least) for label in wanted}
         found: list[list[dict[str, Any]]] = [[] for _ in texts]
         if not wanted:
             return found
@@ -141,7 +152,7 @@ class Student:
         for part in parts:
             some = [windows[row] for row in part]
             words = [[texts[w.text][a:b] for a, b in w.words] for w in some]
-            for window, entities in zip(some, self._entities(words, least), strict=True):
+            for window, entities in zip(some, self._entities(words, bounds), strict=True):
                 text = texts[window.text]
                 for start, end, label, score in entities:
                     a, b = window.words[start][0], window.words[end - 1][1]
@@ -269,12 +280,13 @@ class TwinTower(Student):
     def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
         super().__init__(folder, config, int8, threads)
         tokenizer = (folder / "tokenizer.json").read_text(encoding="utf8")
-        size, buckets, unknown = (config[k] for k in ("vocabulary", "buckets", "unknown_piece"))
-        if not all(isinstance(x, int) for x in (size, buckets, unknown or 0)) or buckets < 1:
-            got = f"{size!r}, {buckets!r}, {unknown!r}"
-            raise ValueError(f"vocabulary, buckets, unknown_piece: expected numbers, got {got}")
-        self._pieces = Pieces(tokenizer, size, unknown, buckets)
-        self._run([[(size + buckets - 1,)]], [(0,)])  # an error if the table is shorter
+        buckets, unknown = config["buckets"], config["unknown_piece"]
+        if not isinstance(buckets, int) or not isinstance(unknown or 0, int) or buckets < 1:
+            got = f"{buckets!r}, {unknown!r}"
+            raise ValueError(f"buckets, unknown_piece: expected numbers, got {got}")
+        self._pieces = Pieces(tokenizer, unknown, buckets)
+        last = self._pieces.size + buckets - 1
+        self._run([[(last,)]], [(0,)])  # an error where the table is shorter
 
     def probabilities(
         self, words: Sequence[Sequence[str]], labels: Sequence[str]
@@ -318,12 +330,10 @@ def load(folder: str | Path, int8: bool = True, threads: int = 1) -> Student:
     """The student of a folder that `export` wrote; FileNotFoundError where it is none, ValueError
     where its files are damaged or do not fit together."""
     folder = Path(folder).expanduser()
+    config = _config(folder)
     try:
-        config = _config(folder)
         kind = TwinTower if config["model_type"] == TWIN else Tagger
         return kind(folder, config, int8, threads)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # the libraries' own errors share no kind
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(

@@ -101,7 +101,7 @@ def check(
         raise ValueError(f"threshold: expected a probability from 0 to 1, got {threshold!r}")
     if not flat_ner or multi_label:
         raise ValueError(
-            "a TwinTower gives each word one label: expected flat_ner=True and multi_label=False, "
+            "a student gives each word one label: expected flat_ner=True and multi_label=False, "
             f"got flat_ner={flat_ner}, multi_label={multi_label}"
         )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

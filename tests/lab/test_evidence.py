@@ -104,11 +104,12 @@ def test_differences_by_doubt_by_hand(monkeypatch):
     monkeypatch.setattr(evidence, "recorded", lambda experiment: both)
     entropy = np.array([0.1, 0.9, 0.2, 0.3])
     teacher = OWN.declared(None, "", 0, 0)
-    monkeypatch.setattr(records, "doubts", lambda corpus: [records.Doubt(teacher, entropy)])
+    noted = [records.Doubt(teacher, test, entropy) for test in ("another", both[0][0].test)]
+    monkeypatch.setattr(records, "doubts", lambda corpus: noted)
     rows = evidence.by_doubt(OWN, "posterior", cut=2)
     assert rows["entropy"].tolist() == pytest.approx([0.15, 0.6])
     assert rows["difference"].tolist() == pytest.approx([0, 100 - 66.667])
-    monkeypatch.setattr(records, "doubts", lambda corpus: [])
+    monkeypatch.setattr(records, "doubts", lambda corpus: noted[:1])
     assert evidence.by_doubt(OWN, "posterior").empty
 
 
@@ -116,9 +117,10 @@ def test_an_unknown_experiment_and_a_damaged_record_are_errors(at_hand):
     with pytest.raises(ValueError, match=r"expected one of \['own'\], got 'other'"):
         evidence.run("other")
     at_hand.parent.mkdir()
-    at_hand.write_text('{"declared": {}, "test": "x"}\n')
-    with pytest.raises(ValueError, match=r"tiny.jsonl:1: expected a record"):
-        records.read("tiny")
+    for damaged in (b'{"declared": {}, "test": "x"}\n', b'"\xff"\n'):
+        at_hand.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"tiny.jsonl:1: expected a record"):
+            records.read("tiny")
 
 
 def test_the_experiments_of_the_study_declare_what_there_is():
@@ -151,6 +153,9 @@ def test_a_doubt_that_does_not_fit_is_refused_and_nothing_written(tmp_path, monk
         with pytest.raises(ValueError, match="entropy: expected 3 numbers"):
             records.add_doubt("c", record, np.array(wrong))
     assert records.file_of("c").read_bytes() == before
+    with pytest.raises(ValueError, match="expected the teacher's record first, got its doubt"):
+        records.add_doubt("d", record, np.array([0.1, 0.2, 0.3]))
+    assert not records.file_of("d").exists()
 
 
 def test_contrasts_by_hand(monkeypatch):

@@ -115,7 +115,13 @@ def test_a_twin_tower_gives_what_torch_gives_for_any_labels(twin):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"vocabulary": 62}, {"buckets": 0}, {"unknown_piece": "x"}, {"model_type": "x"}],
+    [
+        {"buckets": 0},
+        {"buckets": 5},
+        {"unknown_piece": "x"},
+        {"model_type": "x"},
+        {"thresholds": {"LOC": 0.5, "PER": 1.5}},
+    ],
     ids=str,
 )
 def test_a_twin_tower_with_a_damaged_config_is_refused(twin, damage):
@@ -217,6 +223,8 @@ def test_calls_take_what_gliners_take_and_refuse_what_cannot_be_answered(made):
         (lambda: student.inference([None]), TypeError, "texts: expected strings, got NoneType"),
         (lambda: student.inference(["\ud800"]), ValueError, "texts: expected whole characters"),
         (lambda: student.inference(["a"], threshold=2), ValueError, "threshold: expected"),
+        (lambda: student.predict_entities("a", flat_ner=False), ValueError, "one label: expected"),
+        (lambda: student.inference(["a"], multi_label=True), ValueError, "one label: expected"),
     ):
         with pytest.raises(error, match=message):
             wrong()
@@ -246,6 +254,7 @@ def changed(name, value):
         changed("most_pieces", 2),
         changed("most_pieces", "many"),
         changed("thresholds", {"PER": 0.5}),
+        changed("thresholds", {"PER": 0.5, "LOC": -0.1}),
         changed("tags", ["O", "B-PER"]),
         changed("tags", ["O", "X"]),
         changed("unknown_piece", None),
@@ -265,8 +274,9 @@ def test_parts_that_do_not_fit_are_refused_when_it_is_loaded(made, tmp_path, cha
 
 @pytest.mark.parametrize("name", ["onnx/model_int8.onnx", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"half", None])
-def test_damaged_files_are_one_clear_error(made, tmp_path, name, content):
-    shutil.copytree(made[1], tmp_path / "s")
+@pytest.mark.parametrize("kind", ["made", "twin"])
+def test_damaged_files_are_one_clear_error(request, tmp_path, kind, name, content):
+    shutil.copytree(request.getfixturevalue(kind)[1], tmp_path / "s")
     file = tmp_path / "s" / name
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(ValueError, match="s: expected the files of a whole student"):
@@ -287,6 +297,8 @@ def test_export_replaces_an_earlier_one_and_refuses_what_it_cannot_write(made, t
     assert runtime.load(tmp_path / "s").thresholds == {"LOC": 0.0, "PER": 0.0}
     with pytest.raises(ValueError, match=r"thresholds: expected labels among"):
         export(model, tmp_path / "s", {"dog": 0.5})
+    with pytest.raises(TypeError, match="labels: expected a list of strings, got 'PER'"):
+        export(TwinTower(tiny.tokenizer, embedding=4, hidden=2), tmp_path / "t", {}, labels="PER")
     distil = DistilBertModel(DistilBertConfig(vocab_size=70, dim=16, n_layers=1, n_heads=2))
     with pytest.raises(ValueError, match="expected a BiLSTM .*, got Transformer"):
         export(tagger(tiny, encoder=Transformer(distil)), tmp_path / "t", {})
