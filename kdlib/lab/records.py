@@ -14,6 +14,7 @@ corpus is among them, and no second either: times belong to the bench.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import zlib
@@ -99,9 +100,17 @@ def doubts(corpus: str) -> list[Doubt]:
 
 
 def _read(corpus: str) -> list[Record | Doubt]:
-    file, tests, found = file_of(corpus), {}, []
+    file = file_of(corpus)
     if not file.exists():
-        return found
+        return []
+    now = file.stat()
+    return _parsed(file, (now.st_ino, now.st_mtime_ns, now.st_size))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(file: Path, stamp: tuple[int, ...]) -> list[Record | Doubt]:
+    """What a file holds, parsed once for as long as its stamp stays: a grid of jobs asks often."""
+    tests, found = {}, []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
