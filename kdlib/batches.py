@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from kdlib.losses import Surrogates
+from kdlib.text.pieces import in_windows, shape, special_pieces, word_pieces
 from kdlib.text.tags import Sentence
 
 
@@ -157,20 +158,15 @@ def encode(
             f"pieces, got {max_pieces}"
         )
     windows, firsts, tags, shapes = [], [], [], []
-    pieces_of = _word_pieces([s.tokens for s in sentences], tokenizer)
+    pieces_of = word_pieces([s.tokens for s in sentences], tokenizer)
     for sentence, pieces in zip(sentences, pieces_of, strict=True):
-        cut, shaped, where = [[]], [[]], []
-        for token, word in zip(sentence.tokens, pieces, strict=True):
-            word = word[:room]
-            if len(cut[-1]) + len(word) > room:
-                cut.append([])
-                shaped.append([])
-            where.append((len(cut) - 1, len(before) + len(cut[-1])))
-            cut[-1].extend(word)
-            shaped[-1].extend([shape(token) if with_shapes else 0] * len(word))
+        cut, where = in_windows(pieces, room)
         windows.append([before + c + after for c in cut])
-        shapes.append([[0] * len(before) + s + [0] * len(after) for s in shaped])
-        firsts.append(where)
+        firsts.append([(window, len(before) + place) for window, place in where])
+        if with_shapes:
+            alike = zip(map(shape, sentence.tokens), map(len, pieces), strict=True)
+            shaped, _ = in_windows([[letters] * many for letters, many in alike], room)
+            shapes.append([[0] * len(before) + s + [0] * len(after) for s in shaped])
         own = None if sentence.spans is None else sentence.tags
         unknown = sorted(set(own or ()) - number.keys())
         if unknown:
@@ -178,51 +174,6 @@ def encode(
         tags.append(own and [number[t] for t in own])
     found = Encoded(windows, firsts, tags, tokenizer.pad_token_id, list(labels))
     return replace(found, shapes=shapes) if with_shapes else found
-
-
-def shape(word: str) -> int:
-    """What an uncased tokenizer drops: 1 no letters, 2 lower case, 3 Title, 4 UPPER, 5 one capital,
-    6 mIxed, 7 letters and digits."""
-    letters = [c for c in word if c.isalpha()]
-    if any(c.isdigit() for c in word) or not letters:
-        return 7 if letters else 1
-    if all(not c.isupper() for c in letters):
-        return 2
-    if len(letters) == 1:
-        return 5
-    if letters[0].isupper() and all(not c.isupper() for c in letters[1:]):
-        return 3
-    return 4 if all(c.isupper() for c in letters) else 6
-
-
-def special_pieces(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The pieces set before and after a text, [CLS] and [SEP] for BERT."""
-    probe = tokenizer("a")["input_ids"]
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    at = next(i for i in range(len(probe)) if probe[i : i + len(inner)] == inner)
-    return probe[:at], probe[at + len(inner) :]
-
-
-def _word_pieces(
-    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
-) -> list[list[list[int]]]:
-    """The pieces of every word of every sentence, all read in one call."""
-    if not sentences:
-        return []
-    encoded = tokenizer(
-        [list(words) for words in sentences],
-        is_split_into_words=True,
-        add_special_tokens=False,
-        truncation=False,
-        verbose=False,
-    )
-    found = []
-    for i, words in enumerate(sentences):
-        pieces: list[list[int]] = [[] for _ in words]
-        for piece, word in zip(encoded["input_ids"][i], encoded.word_ids(i), strict=True):
-            pieces[word].append(piece)
-        found.append([p or [tokenizer.unk_token_id] for p in pieces])
-    return found
 
 
 def order(data: Rows, size: int, seed: int) -> list[list[int]]:

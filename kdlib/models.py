@@ -1,26 +1,23 @@
 """Encoders, and the tagger over any of them: encoder -> one vector a word -> emissions -> CRF.
 
-An encoder maps word pieces [N, P] and their mask [N, P] to vectors [N, P, `width`]. `watched` shows
-what the layers of one hold while it reads. The other model is `twin_tower.TwinTower`.
+An encoder maps word pieces [N, P] and their mask [N, P] to vectors [N, P, `width`]. The other model
+is `twin_tower.TwinTower`.
 """
 
-import contextlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from kdlib.batches import Batch, Encoded, Layers, encode, in_turn
+from kdlib.batches import Batch, Encoded, encode, in_turn
 from kdlib.crf import Chain, LinearChainCRF, legal_iob2, reversed_rows
 from kdlib.text import calls
-from kdlib.text.files import saving
+from kdlib.text.files import fits, saving, shapes_of, whole
 from kdlib.text.tags import Sentence, Span, to_spans
 
 
@@ -118,72 +115,6 @@ def build(kind: str, config: dict) -> nn.Module:
     config = AutoConfig.for_model(**config)
     pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta") else {}
     return Transformer(AutoModel.from_config(config, **pooler))
-
-
-def stack(model: transformers.PreTrainedModel) -> nn.ModuleList:
-    """The layers, in order, of a BERT-like (`encoder.layer`) or DistilBERT-like
-    (`transformer.layer`) model."""
-    for part in ("encoder", "transformer"):
-        if hasattr(getattr(model, part, None), "layer"):
-            return getattr(model, part).layer
-    raise ValueError(
-        f"expected a BERT-like encoder with a stack of layers, got {type(model).__name__}"
-    )
-
-
-@contextlib.contextmanager
-def watched(encoder: nn.Module) -> Iterator[Layers]:
-    """What the layers hold in the latest forward pass inside the block; ValueError for an encoder
-    without attention."""
-    if not isinstance(encoder, Transformer):
-        raise ValueError(
-            f"expected a Transformer, whose layers can be compared, got {type(encoder).__name__}"
-        )
-    heads, found = encoder.model.config.num_attention_heads, Layers({}, {})
-    hooks = []
-    for m, layer in enumerate(stack(encoder.model), 1):
-        query, key = _projections(layer)
-        held: dict[str, Tensor] = {}
-
-        def on_query(module, inputs, out, held=held):
-            held["query"] = out
-
-        def on_key(module, inputs, out, held=held, m=m):
-            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (held.pop("query"), out))
-            found.scores[m] = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-
-        def before(module, inputs, named, m=m):
-            found.hidden[m - 1] = inputs[0] if inputs else named["hidden_states"]
-
-        def after(module, inputs, out, m=m):
-            found.hidden[m] = out[0] if isinstance(out, tuple) else out
-
-        hooks += [
-            query.register_forward_hook(on_query),
-            key.register_forward_hook(on_key),
-            layer.register_forward_hook(after),
-        ]
-        hooks += [layer.register_forward_pre_hook(before, with_kwargs=True)] if m == 1 else []
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _projections(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Query and key of a BERT-like (`attention.self`) or DistilBERT-like (`attention`) layer."""
-    attention = layer.attention
-    if hasattr(attention, "self"):
-        attention, names = attention.self, ("query", "key")
-    else:
-        names = ("q_lin", "k_lin")
-    if not all(hasattr(attention, name) for name in names):
-        raise ValueError(
-            "expected an encoder with BERT's or DistilBERT's attention, got "
-            f"{type(attention).__name__}"
-        )
-    return getattr(attention, names[0]), getattr(attention, names[1])
 
 
 class Tagger(nn.Module):
@@ -319,36 +250,6 @@ class Tagger(nn.Module):
             return filled(model, folder / "model.safetensors")
 
 
-DAMAGED = (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError)
-
-
-@contextlib.contextmanager
-def whole(folder: Path, what: str) -> Iterator[None]:
-    """One ValueError that names the folder and what it should hold, for whatever is wrong with its
-    files."""
-    try:
-        yield
-    except DAMAGED as error:
-        reason = (str(error).splitlines() or [""])[0][:300]
-        raise ValueError(
-            f"{folder}: expected the files of a whole {what}, got {type(error).__name__}: {reason}"
-        ) from error
-
-
-def shapes_of(weights: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors of a safetensors file by name, from its header alone: what a model made of its
-    folder may be as large as."""
-    with safe_open(weights, framework="numpy") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-
-
-def fits(there: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError, before anything of that size is made, unless a file's tensors are as wanted."""
-    for name, shape in wanted.items():
-        if there.get(name) != shape:
-            raise ValueError(f"{name}: expected {shape}, got {there.get(name)} in the weights")
-
-
 def filled(model: nn.Module, weights: Path) -> nn.Module:
     """The model with the weights of a file, in evaluation mode; ValueError for weights that are no
     numbers."""
@@ -358,26 +259,3 @@ def filled(model: nn.Module, weights: Path) -> nn.Module:
         raise ValueError(f"expected finite weights, got NaN or infinity in {wrong[:3]}")
     model.load_state_dict(read)
     return model.eval()
-
-
-class Pupil(nn.Module):
-    """A tagger that is watched while it learns from layers: emissions, and what the layers hold.
-
-    `projection` is W_h of the adaptive paper's eq. 18: it takes hidden states to the teacher's
-    width, is learned with the tagger and left behind.
-    """
-
-    def __init__(self, tagger: Tagger, teacher_width: int) -> None:
-        super().__init__()
-        self.tagger = tagger
-        self.projection = nn.Linear(tagger.encoder.width, teacher_width, bias=False)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Layers]:
-        """Emissions [B, L, K] and the layers on the batch's windows."""
-        with watched(self.tagger.encoder) as layers:
-            return self.tagger(batch), layers
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The tagger's, W_h with its encoder."""
-        groups = self.tagger.parameter_groups()
-        return groups | {"encoder": groups["encoder"] + [self.projection.weight]}

@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdlib.batches import in_turn
 from kdlib.crf import Chain, reversed_rows
-from kdlib.models import filled, fits, shapes_of, whole
+from kdlib.models import filled
 from kdlib.text import calls
-from kdlib.text.files import saving
+from kdlib.text.files import fits, saving, shapes_of, whole
 from kdlib.text.pieces import Pieces
 from kdlib.text.tags import WORD, Sentence, Span, word_runs
 

@@ -4,6 +4,7 @@ from conftest import SENTENCES, tagger
 
 from kdlib import batches
 from kdlib.lab import cache
+from kdlib.text.pieces import shape
 from kdlib.text.tags import Sentence
 
 
@@ -80,7 +81,7 @@ def test_a_tag_that_is_no_label(tiny):
 
 def test_shapes_are_the_words_letter_cases():
     words = ["...", "1999", "rose", "Rose", "USA", "A", "McDonald", "B2B", "Écoles", "北京"]
-    assert [batches.shape(word) for word in words] == [1, 1, 2, 3, 4, 5, 6, 7, 3, 2]
+    assert [shape(word) for word in words] == [1, 1, 2, 3, 4, 5, 6, 7, 3, 2]
 
 
 def test_every_piece_has_its_words_shape(tiny):

@@ -29,8 +29,9 @@ from kdlib.methods import (
     Lesson,
     Method,
 )
-from kdlib.models import Pupil, Tagger, Transformer
+from kdlib.models import Tagger, Transformer
 from kdlib.students import STUDENTS, Cut, Student, Thin, Twin, pretrained, projection
+from kdlib.students.layers import Pupil
 from kdlib.students.pretrained import Backbone
 from kdlib.teachers.gliner import Told
 from kdlib.teachers.msd import Feedback

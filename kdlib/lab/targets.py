@@ -20,8 +20,9 @@ from kdlib.batches import Encoded, Layers, in_turn
 from kdlib.crf import Chain
 from kdlib.lab import cache, scores
 from kdlib.losses import Surrogates, surrogate_labels
-from kdlib.models import Tagger, watched
+from kdlib.models import Tagger
 from kdlib.students import encoders
+from kdlib.students.layers import watched
 from kdlib.students.pretrained import load
 from kdlib.teachers import gliner
 from kdlib.teachers.gliner import Answer, Recipe, Told

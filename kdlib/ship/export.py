@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from kdlib.batches import special_pieces
-from kdlib.models import BiLstm, Tagger, Transformer, stack
+from kdlib.models import BiLstm, Tagger, Transformer
 from kdlib.ship import runtime
+from kdlib.students.layers import stack
 from kdlib.text import calls
 from kdlib.text.files import saving
+from kdlib.text.pieces import special_pieces
 from kdlib.text.tags import split_tag
 from kdlib.twin_tower import TwinTower
 

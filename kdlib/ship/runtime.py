@@ -16,7 +16,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from kdlib.text import calls
-from kdlib.text.pieces import Pieces
+from kdlib.text.pieces import Pieces, in_windows
 from kdlib.text.tags import split_tag, to_spans, word_runs
 
 CONFIG = "config.json"
@@ -235,16 +235,9 @@ class Tagger(Student):
             of: list[list[int]] = [[] for _ in text]
             for piece, word in zip(pieces.ids, pieces.word_ids, strict=True):
                 of[word].append(piece)
-            row, first = list(before), []
-            for some in of:
-                some = (some or [self._unknown])[: self._most]
-                if len(row) - len(before) + len(some) > self._most:
-                    rows.append([*row, *after])
-                    row = list(before)
-                first.append((len(rows), len(row)))
-                row += some
-            rows.append([*row, *after])
-            firsts.append(first)
+            windows, first = in_windows([own or [self._unknown] for own in of], self._most)
+            firsts.append([(len(rows) + row, len(before) + place) for row, place in first])
+            rows += [[*before, *window, *after] for window in windows]
         lengths = np.array([len(row) for row in rows], dtype=np.int32)
         padded = np.zeros((len(rows), lengths.max()), dtype=np.int64)
         for i, row in enumerate(rows):

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kdlib.losses import layer_map
 from kdlib.methods import LAYERS, LIVE, PATHS, SEQUENCES, WIDE, WORDS
-from kdlib.models import BiLstm, Transformer, stack
+from kdlib.models import BiLstm, Transformer
 from kdlib.students import encoders, vocabulary
+from kdlib.students.layers import stack
 from kdlib.students.pretrained import Backbone
 from kdlib.twin_tower import TwinTower
 

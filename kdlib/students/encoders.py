@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kdlib.models import BiLstm, Transformer, build, stack
+from kdlib.models import BiLstm, Transformer, build
+from kdlib.students.layers import stack
 
 
 def take_layers(teacher: Transformer, keep: list[int] | None = None) -> Transformer:

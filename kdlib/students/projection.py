@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kdlib.models import Transformer, stack
+from kdlib.models import Transformer
+from kdlib.students.layers import stack
 
 
 @torch.no_grad()

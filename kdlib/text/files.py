@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written aside, then renamed."""
+"""Files that appear whole or not at all: written aside, then renamed. Models' folders, read."""
 
 import contextlib
 import errno
@@ -6,8 +6,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 ASIDE, OURS = ".saving.", ".kdlib-aside-"  # what the names of folders to write in hold
 ROOT = Path(__file__).resolve().parents[2]  # the checkout: data, figures, notebooks
@@ -94,3 +96,35 @@ def write_text(path: Path, text: str) -> None:
     content = text.encode("utf8")
     with replacing(path, len(content)) as aside:
         aside.write_bytes(content)
+
+
+# ---- a model's folder, read back ----
+
+DAMAGED = (OSError, SafetensorError, RuntimeError, TypeError, ValueError, KeyError, AttributeError)
+
+
+@contextlib.contextmanager
+def whole(folder: Path, what: str) -> Iterator[None]:
+    """One ValueError that names the folder and what it should hold, for whatever is wrong with its
+    files."""
+    try:
+        yield
+    except DAMAGED as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        raise ValueError(
+            f"{folder}: expected the files of a whole {what}, got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def shapes_of(weights: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a safetensors file by name, from its header alone: what a model made of its
+    folder may be as large as."""
+    with safe_open(weights, framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def fits(there: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError, before anything of that size is made, unless a file's tensors are as wanted."""
+    for name, shape in wanted.items():
+        if there.get(name) != shape:
+            raise ValueError(f"{name}: expected {shape}, got {there.get(name)} in the weights")

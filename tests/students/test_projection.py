@@ -3,8 +3,9 @@ import torch
 from conftest import SENTENCES, tagger
 
 from kdlib.losses import layer_map
-from kdlib.models import BiLstm, stack, watched
+from kdlib.models import BiLstm
 from kdlib.students import encoders, pretrained
+from kdlib.students.layers import stack, watched
 from kdlib.students.projection import project
 from kdlib.text import corpora
 

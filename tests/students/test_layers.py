@@ -6,8 +6,9 @@ from transformers import DebertaV2Config, DebertaV2Model, DistilBertConfig, Dist
 from kdlib import losses
 from kdlib.lab import targets
 from kdlib.losses import layer_map, patient_map
-from kdlib.models import BiLstm, Transformer, watched
+from kdlib.models import BiLstm, Transformer
 from kdlib.students import pretrained
+from kdlib.students.layers import watched
 
 
 def seen(encoder, batch):
