@@ -22,25 +22,31 @@ from kdlib.text.tags import Sentence, Span, to_spans
 
 
 class Transformer(nn.Module):
-    """A Hugging Face encoder: pieces in, last hidden states out."""
+    """A Hugging Face encoder: pieces in, last hidden states out. With `shapes` each piece's word
+    has its letter case beside them, as 32 numbers: an uncased encoder drops it.
+    """
 
-    kind, reads_shapes = "transformer", False
+    kind = "transformer"
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, shapes: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.reads_shapes = model, shapes
         config = model.config
         roberta = "roberta" in config.model_type  # its positions start after the padding's
         reserved = config.pad_token_id + 1 if roberta else 0
         self.width, self.max_pieces = config.hidden_size, config.max_position_embeddings - reserved
+        if shapes:
+            self.shape = nn.Embedding(8, 32)
+            self.width += 32
 
-    def forward(self, pieces: Tensor, piece_mask: Tensor) -> Tensor:
+    def forward(self, pieces: Tensor, piece_mask: Tensor, shapes: Tensor | None = None) -> Tensor:
         """[N, P] -> [N, P, width]."""
-        return self.model(input_ids=pieces, attention_mask=piece_mask.long()).last_hidden_state
+        last = self.model(input_ids=pieces, attention_mask=piece_mask.long()).last_hidden_state
+        return torch.cat([last, self.shape(_there(shapes))], -1) if self.reads_shapes else last
 
     def config(self) -> dict:
         """What `build` needs to make an encoder of this shape."""
-        return self.model.config.to_dict()
+        return self.model.config.to_dict() | ({"shapes": True} if self.reads_shapes else {})
 
 
 class BiLstm(nn.Module):
@@ -81,11 +87,7 @@ class BiLstm(nn.Module):
         """[N, P] -> [N, P, width]; padding does not reach the backward direction."""
         read = self.embedding(pieces)
         if self.reads_shapes:
-            if shapes is None:
-                raise ValueError(
-                    "expected the shapes of the words (encode with this model), got none"
-                )
-            read = torch.cat([read, self.shape(shapes)], -1)
+            read = torch.cat([read, self.shape(_there(shapes))], -1)
         out, lengths = self.dropout(read), piece_mask.sum(1)
         for layer in range(self.lstm.num_layers):
             backwards = self._direction(f"l{layer}_reverse", reversed_rows(out, lengths))
@@ -108,13 +110,20 @@ class BiLstm(nn.Module):
         return self._config
 
 
+def _there(shapes: Tensor | None) -> Tensor:
+    if shapes is None:
+        raise ValueError("expected the shapes of the words (encode with this model), got none")
+    return shapes
+
+
 def build(kind: str, config: dict) -> nn.Module:
     """An encoder of a given shape with random weights; the inverse of `kind` and `config()`."""
     if kind == "lstm":
         return BiLstm(**config)
-    config = AutoConfig.for_model(**config)
+    shapes = config.get("shapes", False)
+    config = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "shapes"})
     pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta") else {}
-    return Transformer(AutoModel.from_config(config, **pooler))
+    return Transformer(AutoModel.from_config(config, **pooler), shapes)
 
 
 class Tagger(nn.Module):

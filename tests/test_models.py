@@ -8,7 +8,8 @@ from conftest import SENTENCES, tagger
 from safetensors.torch import load_file, save
 
 from kdlib.lab import targets
-from kdlib.models import Tagger
+from kdlib.models import Tagger, Transformer
+from kdlib.ship.export import export
 from kdlib.students import encoders
 from kdlib.teachers.tagger import Taught
 from kdlib.text.tags import Sentence, to_iob2
@@ -28,6 +29,27 @@ def test_saved_models_predict_the_same(tiny, tmp_path, student):
     }
     with pytest.raises(FileNotFoundError, match=r"tagger\.json"):
         Tagger.from_pretrained(tmp_path)
+
+
+def test_a_transformer_that_sees_letter_case_tells_words_apart_and_is_read_back(tiny, tmp_path):
+    words = [Sentence(("Paris",)), Sentence(("paris",)), *SENTENCES[:3]]
+    torch.manual_seed(0)
+    cased = tagger(tiny, encoder=Transformer(tiny.encoder.model, shapes=True)).eval()
+    blind = tagger(tiny).eval()
+    for model, alike in ((cased, False), (blind, True)):
+        capital, small, *_ = model.emissions(model.encode(words))
+        assert torch.equal(capital, small) is alike
+    cased.save_pretrained(tmp_path / "cased")
+    read = Tagger.from_pretrained(tmp_path / "cased")
+    pairs = zip(
+        cased.emissions(cased.encode(words)), read.emissions(read.encode(words)), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+    batch = cased.encode(words).collate([0])
+    with pytest.raises(ValueError, match="expected the shapes of the words"):
+        cased.encoder(batch.pieces, batch.piece_mask)
+    with pytest.raises(ValueError, match="expected a BiLSTM .*, got Transformer"):
+        export(cased, tmp_path / "s", {})
 
 
 def saved(backbone, folder, encoder=None):

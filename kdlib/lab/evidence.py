@@ -32,6 +32,7 @@ class Experiment:
 
     methods: names, or {"name", "of", knobs}: a method with other knobs under a name of its own.
     quiz: labelled sentences that examine MSD; `unseen`, its teacher learns without them too.
+    cased: its teacher sees letter case.
     """
 
     corpus: str
@@ -48,6 +49,7 @@ class Experiment:
     general: int = 0
     quiz: int = 0
     unseen: bool = False
+    cased: bool = False
 
     @property
     def wanted(self) -> list[Method]:
@@ -62,7 +64,8 @@ class Experiment:
     @property
     def teacher(self) -> Fitted:
         """Its teacher, trained on the students' own labels."""
-        return Fitted(self.teacher_updates, unseen=self.quiz if self.unseen else 0)
+        unseen = self.quiz if self.unseen else 0
+        return Fitted(self.teacher_updates, unseen=unseen, cased=self.cased)
 
     def budget(self, updates: int) -> Budget:
         """How long a student learns."""

@@ -17,25 +17,14 @@ from kdlib.crf import Chain
 from kdlib.lab import cache, scores, tables, targets, train
 from kdlib.lab.tables import Run
 from kdlib.lab.train import Settings
-from kdlib.methods import (
-    LAYERS,
-    LIVE,
-    METHODS,
-    PATHS,
-    SEQUENCES,
-    WIDE,
-    WORDS,
-    Lacks,
-    Lesson,
-    Method,
-)
+from kdlib.methods import LAYERS, LIVE, METHODS, PATHS, WIDE, Lacks, Lesson, Method
 from kdlib.models import Tagger, Transformer
 from kdlib.students import STUDENTS, Cut, Student, Thin, Twin, pretrained, projection
 from kdlib.students.layers import Pupil
 from kdlib.students.pretrained import Backbone
 from kdlib.teachers.gliner import Told
 from kdlib.teachers.msd import Feedback
-from kdlib.teachers.tagger import Taught, from_hugging_face
+from kdlib.teachers.tagger import Taught, from_hugging_face, tells
 from kdlib.text.corpora import Parts
 from kdlib.text.tags import Sentence, Span, iob2_labels
 from kdlib.twin_tower import TwinTower
@@ -52,7 +41,7 @@ class Fitted:
     student, or 'all', those of the transfer sentences too. unseen: it does without the last so many
     labelled sentences, such as those of MSD's quiz. one: every seed learns from the teacher
     of seed 0, as in the papers; otherwise each from its own, so that the intervals hold the
-    teacher's luck too.
+    teacher's luck too. cased: it sees the letter case of words, which an uncased encoder drops.
     """
 
     updates: int = 300
@@ -62,6 +51,7 @@ class Fitted:
     sees: str = "labelled"
     unseen: int = 0
     one: bool = False
+    cased: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, whole=("updates", "batch"), above=("rate",))
@@ -173,8 +163,7 @@ class Study:
     def _tells(self) -> frozenset[str]:
         """What the teacher tells, known before it is trained."""
         if isinstance(self.teacher, Fitted):
-            layers = {LAYERS, WIDE} if self.encoder != "characters" else set()
-            return frozenset({WORDS, SEQUENCES, PATHS, LIVE} | layers)
+            return tells(self.encoder != "characters", self.teacher.cased) | {WIDE}
         return self.taught(0)[0].tells | {WIDE}
 
     def _shape_of_teacher(self) -> tuple[int, int]:
@@ -442,9 +431,17 @@ class Study:
 
     def new_teacher(self, seed: int = 0) -> Tagger:
         """An untrained teacher: the encoder whole, under a new output layer."""
+        return self._whole(seed, isinstance(self.teacher, Fitted) and self.teacher.cased)
+
+    def _whole(self, seed: int = 0, cased: bool = False) -> Tagger:
         backbone = self._backbone(seed)
         torch.manual_seed(seed)
         encoder = copy.deepcopy(backbone.encoder)
+        if cased and not isinstance(encoder, Transformer):
+            raise Lacks(
+                f"a teacher that sees letter case needs a Transformer, got {self.encoder!r}"
+            )
+        encoder = Transformer(encoder.model, shapes=True) if cased else encoder
         return Tagger(encoder, backbone.tokenizer, self.labels, softmax=self._softmax)
 
     def new_student(self, student: str, seed: int) -> Tagger | TwinTower:
@@ -481,7 +478,7 @@ class Study:
     def _projected(self, own: Thin, student: nn.Module) -> dict[str, Tensor]:
         """The weights that `projection.project` gives a student, made once: eigenvectors differ in
         the last digit from run to run."""
-        teacher = self.new_teacher().eval()
+        teacher = self._whole().eval()
         mapped, (_, kept) = own.mapped(teacher.encoder), self._pieces(own)
         seen = teacher.encode([s.without_labels() for s in self.parts.text[:TEXT_OF_START]])
         key = cache.digest(
@@ -501,7 +498,7 @@ class Study:
     def _general(self, pupil: Pupil, own: Thin, seed: int) -> dict[str, Tensor]:
         """Stage 1: the weights after it has learnt the layers of the un-fine-tuned encoder on raw
         text, no labels."""
-        teacher, text = self.new_teacher().eval(), [s.without_labels() for s in self.parts.text]
+        teacher, text = self._whole().eval(), [s.without_labels() for s in self.parts.text]
         if len(text) < 2:
             raise ValueError(
                 "expected two sentences of text or more, one to learn from and one to choose by, "

@@ -18,7 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from kdlib.models import BiLstm, Tagger, Transformer
 from kdlib.ship import runtime
@@ -110,7 +109,7 @@ def graph_of(tagger: Tagger) -> onnx.ModelProto:
     encoder = tagger.encoder
     if isinstance(encoder, BiLstm) and not encoder.reads_shapes:
         nodes, held, last = _bilstm(encoder)
-    elif isinstance(encoder, Transformer) and _is_bert(encoder.model.config):
+    elif isinstance(encoder, Transformer) and _is_bert(encoder):
         nodes, held, last = _bert(encoder)
     else:
         raise ValueError(
@@ -201,8 +200,9 @@ def _model(
     return model
 
 
-def _is_bert(config: PretrainedConfig) -> bool:
-    return config.model_type in BERTS and config.hidden_act == "gelu"
+def _is_bert(encoder: Transformer) -> bool:
+    config = encoder.model.config
+    return config.model_type in BERTS and config.hidden_act == "gelu" and not encoder.reads_shapes
 
 
 def _linear(source: str, name: str, out: str) -> list[onnx.NodeProto]:

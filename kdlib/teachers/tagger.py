@@ -14,14 +14,13 @@ from kdlib.text.tags import Sentence, Span, iob2_labels, split_tag
 
 
 class Taught:
-    """A CRF or softmax tagger as a teacher: it tells emissions, paths, and where it is a
-    Transformer what its layers hold; and it can learn from its student.
+    """A CRF or softmax tagger as a teacher: it tells emissions and paths; one that reads what its
+    student reads can learn from it too, and where it is a Transformer tell what its layers hold.
     """
 
     def __init__(self, tagger: Tagger) -> None:
         self.tagger = tagger.eval().requires_grad_(False)
-        layers = {LAYERS} if isinstance(tagger.encoder, Transformer) else set()
-        self.tells = frozenset({WORDS, SEQUENCES, PATHS, LIVE} | layers)
+        self.tells = tells(isinstance(tagger.encoder, Transformer), tagger.encoder.reads_shapes)
         self.labels, self.crf, self.softmax = tagger.labels, tagger.crf, tagger.softmax
 
     def entities(self, sentences: Sequence[Sentence]) -> list[tuple[Span, ...]]:
@@ -31,6 +30,13 @@ class Taught:
     def emissions(self, sentences: Sequence[Sentence]) -> list[Tensor]:
         """Scores [L, K] of IOB2 labels, before its CRF."""
         return self.tagger.emissions(self.tagger.encode([s.without_labels() for s in sentences]))
+
+
+def tells(transformer: bool, cased: bool) -> frozenset[str]:
+    """What a tagger tells: one that sees letter case reads other input than its students, and is
+    neither compared with them layer by layer nor taught by them."""
+    inside = set() if cased else {LIVE} | ({LAYERS} if transformer else set())
+    return frozenset({WORDS, SEQUENCES, PATHS} | inside)
 
 
 def words_of(labels: Sequence[str], asked: Sequence[str], marginals: Tensor) -> Tensor:

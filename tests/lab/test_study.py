@@ -172,6 +172,20 @@ def test_what_a_teacher_cannot_tell_is_refused(long_folder):
         replace(told, parts=text).runs(["gold on transfer"], ["twin tower"], [0])
 
 
+def test_a_teacher_that_sees_letter_case_teaches_what_it_says_and_nothing_inside_it(study):
+    cased = replace(study, teacher=Fitted(5, 4, cased=True))
+    (blind, seeing), labels = (s.new_teacher() for s in (study, cased)), len(study.labels)
+    assert seeing.parameters_in_all - blind.parameters_in_all == 8 * 32 + 32 * labels
+    thin = replace(cased, students={"thin": Thin(layers=2, width=10, feed_forward=20, embedding=6)})
+    assert len(cased.runs(["teacher", "structural"], ["bilstm"], [0])) == 2
+    assert thin.runs(["posterior"], ["thin"], [0])  # its start is the encoder's, not the teacher's
+    for method, missing in (("adaptive", "layers"), ("msd", "a living teacher")):
+        with pytest.raises(Lacks, match=f"'{method}' needs .*{missing}.*which its teacher lacks"):
+            cased.runs([method], ["transformer"], [0])
+    with pytest.raises(Lacks, match="sees letter case needs a Transformer, got 'characters'"):
+        replace(cased, encoder="characters").taught(0)
+
+
 def test_unknown_choices_are_refused(study):
     with pytest.raises(ValueError, match=r"method: expected some of .*got \['magic'\]"):
         study.runs(["magic"], ["bilstm"], [0])
