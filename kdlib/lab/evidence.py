@@ -163,19 +163,26 @@ def gap_closed(runs: pd.DataFrame) -> pd.DataFrame:
     return long.dropna()[["student", "method", "updates", "seed", "closed"]]
 
 
-def contrasts(experiment: Experiment) -> pd.DataFrame:
-    """`tables.contrasts` of each student at each budget, units being documents, or sentences where
-    the corpus marks none."""
+def contrasts(
+    experiment: Experiment, asked: Iterable[tuple[str, str]] = tables.CONTRASTS
+) -> pd.DataFrame:
+    """`tables.contrasts` of each student at each budget."""
+    found = [
+        tables.contrasts(own, asked).assign(student=student, updates=updates)
+        for (student, updates), own in counted(experiment).items()
+    ]
+    return pd.concat(found, ignore_index=True)
+
+
+def counted(experiment: Experiment) -> dict[tuple[str, int], tables.Counted]:
+    """What a bootstrap draws from, by student and updates ("", 0: the teacher), method and seed:
+    units are documents, or sentences where the corpus marks none."""
     cells: dict[tuple[str, int], dict[str, dict[int, np.ndarray]]] = {}
     for record, updates in recorded(experiment):
         told = record.declared
         own = cells.setdefault((told.get("student", ""), updates), {})
         own.setdefault(told["method"], {})[told["seed"]] = record.units
-    found = [
-        tables.contrasts(own).assign(student=student, updates=updates)
-        for (student, updates), own in cells.items()
-    ]
-    return pd.concat(found, ignore_index=True)
+    return cells
 
 
 def by_doubt(

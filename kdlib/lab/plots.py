@@ -43,6 +43,7 @@ COLOURS |= {  # what notebooks call a method, or one grain of it
     "sequence": COLOURS["weighted top-k"],
     "label": COLOURS["multi-grained"],
     "token": COLOURS["posterior"],
+    "one best": "#556b2f",
     "undistilled": COLOURS["student alone"],
     "undistilled thin": "#6fa8d6",
     "pseudo-labels thin": "#b08968",

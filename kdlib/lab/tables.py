@@ -213,8 +213,9 @@ def differences(counted: Counted, baseline: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def contrasts(counted: Counted) -> pd.DataFrame:
-    """CONTRASTS, as far as both sides have at least two equal seeds.
+def contrasts(counted: Counted, asked: Iterable[tuple[str, str]] = CONTRASTS) -> pd.DataFrame:
+    """A method against another, for the pairs `asked`, as far as both sides have at least two equal
+    seeds.
 
     difference, low, high, p: `scores.hierarchical_bootstrap`. seeds_low, seeds_high: Student's t
     interval over seeds. holm: p adjusted for the contrasts of the table. verdict: 'shown' where
@@ -222,7 +223,7 @@ def contrasts(counted: Counted) -> pd.DataFrame:
     within MARGIN of 0; else 'not shown'.
     """
     rows = []
-    for method, against in CONTRASTS:
+    for method, against in asked:
         own, other = counted.get(method, {}), counted.get(against, {})
         seeds = [seed for seed in own if seed in other]
         if len(seeds) < 2:
