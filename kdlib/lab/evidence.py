@@ -201,9 +201,9 @@ def by_doubt(
     for (updates, seed), own in found.items():
         if not {method, against} <= own.keys():
             continue
-        teacher = key(experiment.declared(None, "", 0, seed))
-        entropy = doubted.get((teacher, own[method].test))
-        if entropy is None:
+        teacher, test = key(experiment.declared(None, "", 0, seed)), own[method].test
+        entropy = doubted.get((teacher, test))
+        if entropy is None or own[against].test != test:
             continue
         for part, some in enumerate(np.array_split(np.argsort(entropy, kind="stable"), cut), 1):
             ours, theirs = (
@@ -273,15 +273,17 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
             {k: round(v, 4) for k, v in row.items() if k != "seconds"} for row in made.history
         ]
         about = list(parts.types), list(parts.documents), made.parameters, measures, history
-        record = Record(told, counts, *about)
-        records.add(own.corpus, record)
+        made_now = Record(told, counts, *about)
+        before = [r for r in records.read(own.corpus) if key(r.declared) == key(told)]
+        record = before[0] if before else made_now  # of a teacher only its doubt may be missing
+        if not before:
+            records.add(own.corpus, record)
         if method is None:
             emissions = targets.emissions(taught, parts.test)
             words = np.array([len(e) for e in emissions])
             records.add_doubt(own.corpus, record, entropies(taught, emissions) / words)
-            kept = next(r for r in records.read(own.corpus) if key(r.declared) == key(told))
-            if not np.array_equal(kept.counts, counts):  # another processor's, say
-                was = float(scores.f1(kept.counts.sum(1)))
+            if not np.array_equal(record.counts, counts):  # another processor's, say
+                was = float(scores.f1(record.counts.sum(1)))
                 print(
                     f"{name}: the recorded teacher of seed {seed} has {was:.2f}, and its own doubt"
                 )

@@ -119,13 +119,15 @@ def _parsed(file: Path, stamp: tuple[int, ...]) -> list[Record | Doubt]:
                 tests[row["test"]] = row, _unpacked(row["gold"], shape)
                 continue
             if "doubt" in row:
-                doubts = _unpacked(row["doubt"], (tests[row["test"]][0]["sentences"],), "<u2")
-                found.append(Doubt(row["of"], row["test"], doubts / 1e4))
+                doubts = _unpacked(row["doubt"], (tests[row["test"]][0]["sentences"],), "<u2") / 1e4
+                doubts.setflags(write=False)
+                found.append(Doubt(row["of"], row["test"], doubts))
                 continue
             test, gold = tests[row["test"]]
             missed, invented = np.moveaxis(_unpacked(row["wrong"], (*gold.shape, 2)), -1, 0)
             right = gold - missed
             counts = np.stack([right, right + invented, gold], -1)
+            counts.setflags(write=False)  # whoever asks shares it
             about = test["types"], test["documents"], row["parameters"]
             found.append(Record(row["declared"], counts, *about, row["measures"], row["history"]))
         except (KeyError, ValueError, TypeError, AttributeError, zlib.error) as error:
@@ -157,17 +159,19 @@ def add_doubt(corpus: str, record: Record, entropy: np.ndarray) -> None:
 
 
 def _append(corpus: str, name: str, row: dict, head: dict | None = None) -> None:
-    """A line, unless one with the same `name` is there; `head` before it where that is new."""
+    """A line, unless one with the same `name` and test set is there; `head` before it where that is
+    new."""
     file = file_of(corpus)
     with cache.locked(file):
         _read(corpus)  # nothing is added to a damaged file
         lines = file.read_text(encoding="utf8").splitlines() if file.exists() else []
         rows = [json.loads(line) for line in lines]
-        if json.loads(json.dumps(row[name])) in [old.get(name) for old in rows]:
+        same = json.loads(json.dumps([row[name], row["test"]]))
+        if same in [[old.get(name), old["test"]] for old in rows]:
             return
         if row["test"] not in {old["test"] for old in rows if "gold" in old}:
             if head is None:
-                raise ValueError(f"{file}: expected the teacher's record first, got its doubt")
+                raise ValueError(f"{file}: expected a record on this test set first, got a doubt")
             lines.append(json.dumps(head))
         write_text(file, "\n".join([*lines, json.dumps(row)]) + "\n")
 

@@ -163,6 +163,8 @@ class Study:
     def _tells(self) -> frozenset[str]:
         """What the teacher tells, known before it is trained."""
         if isinstance(self.teacher, Fitted):
+            if self.teacher.cased and self.encoder == "characters":
+                raise Lacks("a teacher that sees letter case needs a Transformer, got 'characters'")
             return tells(self.encoder != "characters", self.teacher.cased) | {WIDE}
         return self.taught(0)[0].tells | {WIDE}
 
@@ -437,10 +439,6 @@ class Study:
         backbone = self._backbone(seed)
         torch.manual_seed(seed)
         encoder = copy.deepcopy(backbone.encoder)
-        if cased and not isinstance(encoder, Transformer):
-            raise Lacks(
-                f"a teacher that sees letter case needs a Transformer, got {self.encoder!r}"
-            )
         encoder = Transformer(encoder.model, shapes=True) if cased else encoder
         return Tagger(encoder, backbone.tokenizer, self.labels, softmax=self._softmax)
 

@@ -44,7 +44,7 @@ def export(
     that are not named 0, of a twin tower's 0.5. card: its README. labels: of a twin tower, what it
     looks for where nothing is asked.
 
-    ValueError for an encoder without a graph here.
+    ValueError for an encoder without a graph here, or a threshold that is no probability.
     """
     named = not isinstance(model, TwinTower)
     known = {split_tag(tag)[1] for tag in model.labels} - {""} if named else calls.labels_of(labels)
@@ -52,6 +52,8 @@ def export(
     strange = sorted(thresholds.keys() - set(types))
     if strange:
         raise ValueError(f"thresholds: expected labels among {types}, got {strange}")
+    if not all(0 <= score <= 1 for score in thresholds.values()):
+        raise ValueError(f"thresholds: expected numbers from 0 to 1, got {dict(thresholds)}")
     least = {kind: round(thresholds.get(kind, 0.0 if named else 0.5), 4) for kind in types}
     graph, own = (graph_of(model), _tags(model)) if named else (twin_graph(model), _open(model))
     config = {"format": runtime.FORMAT, "labels": types, "thresholds": least, **own}
@@ -113,7 +115,7 @@ def graph_of(tagger: Tagger) -> onnx.ModelProto:
         nodes, held, last = _bert(encoder)
     else:
         raise ValueError(
-            "expected a BiLSTM over word pieces alone or a BERT, the encoders with a graph here, "
+            "expected a BiLSTM or a BERT, over word pieces alone, the encoders with a graph here, "
             f"got {type(encoder).__name__}"
         )
     held |= {"output.weight": tagger.output.weight.T, "output.bias": tagger.output.bias}

@@ -339,7 +339,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise FileNotFoundError(f"{folder}: expected a folder with a {CONFIG}, written by kdlib")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{folder / CONFIG}: expected JSON, got {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else type(config).__name__

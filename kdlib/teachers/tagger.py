@@ -14,8 +14,8 @@ from kdlib.text.tags import Sentence, Span, iob2_labels, split_tag
 
 
 class Taught:
-    """A CRF or softmax tagger as a teacher: it tells emissions and paths; one that reads what its
-    student reads can learn from it too, and where it is a Transformer tell what its layers hold.
+    """A CRF or softmax tagger as a teacher: it tells emissions and paths; one that sees no letter
+    case can learn from its student too, and where it is a Transformer tell what its layers hold.
     """
 
     def __init__(self, tagger: Tagger) -> None:
@@ -33,8 +33,8 @@ class Taught:
 
 
 def tells(transformer: bool, cased: bool) -> frozenset[str]:
-    """What a tagger tells: one that sees letter case reads other input than its students, and is
-    neither compared with them layer by layer nor taught by them."""
+    """What a tagger tells: one that sees letter case may read other input than its student, and is
+    neither compared with it layer by layer nor taught by it."""
     inside = set() if cased else {LIVE} | ({LAYERS} if transformer else set())
     return frozenset({WORDS, SEQUENCES, PATHS} | inside)
 

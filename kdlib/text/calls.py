@@ -99,7 +99,7 @@ def check(
         raise TypeError(f"texts: expected strings, got {wrong[0]}")
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a probability from 0 to 1, got {threshold!r}")
-    if not flat_ner or multi_label:
+    if flat_ner is not True or multi_label is not False:
         raise ValueError(
             "a student gives each word one label: expected flat_ner=True and multi_label=False, "
             f"got flat_ner={flat_ner}, multi_label={multi_label}"

@@ -183,7 +183,7 @@ def test_a_teacher_that_sees_letter_case_teaches_what_it_says_and_nothing_inside
         with pytest.raises(Lacks, match=f"'{method}' needs .*{missing}.*which its teacher lacks"):
             cased.runs([method], ["transformer"], [0])
     with pytest.raises(Lacks, match="sees letter case needs a Transformer, got 'characters'"):
-        replace(cased, encoder="characters").taught(0)
+        replace(cased, encoder="characters").check(METHODS["posterior"], "bilstm")
 
 
 def test_unknown_choices_are_refused(study):

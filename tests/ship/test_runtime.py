@@ -225,6 +225,7 @@ def test_calls_take_what_gliners_take_and_refuse_what_cannot_be_answered(made):
         (lambda: student.inference(["a"], threshold=2), ValueError, "threshold: expected"),
         (lambda: student.predict_entities("a", flat_ner=False), ValueError, "one label: expected"),
         (lambda: student.inference(["a"], multi_label=True), ValueError, "one label: expected"),
+        (lambda: student.inference(["a"], None, 0.5, 8), ValueError, "got flat_ner=8"),
     ):
         with pytest.raises(error, match=message):
             wrong()
@@ -297,6 +298,8 @@ def test_export_replaces_an_earlier_one_and_refuses_what_it_cannot_write(made, t
     assert runtime.load(tmp_path / "s").thresholds == {"LOC": 0.0, "PER": 0.0}
     with pytest.raises(ValueError, match=r"thresholds: expected labels among"):
         export(model, tmp_path / "s", {"dog": 0.5})
+    with pytest.raises(ValueError, match=r"thresholds: expected numbers from 0 to 1"):
+        export(model, tmp_path / "s", {"PER": 1.5})
     with pytest.raises(TypeError, match="labels: expected a list of strings, got 'PER'"):
         export(TwinTower(tiny.tokenizer, embedding=4, hidden=2), tmp_path / "t", {}, labels="PER")
     distil = DistilBertModel(DistilBertConfig(vocab_size=70, dim=16, n_layers=1, n_heads=2))
