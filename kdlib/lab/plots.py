@@ -98,7 +98,7 @@ class Album:
         figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.36 * len(compared)))
         differences(axes, compared)
         axes.set(xlabel="difference in test F1 (points)")
-        axes.set_title("Capped bars: over sentences. Thin lines: over seeds")
+        axes.set_title("Capped bars: bootstrap. Pale lines: over seeds")
         self.save(stem, compared, caption, figure)
 
 
