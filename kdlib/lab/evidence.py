@@ -273,10 +273,9 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
             {k: round(v, 4) for k, v in row.items() if k != "seconds"} for row in made.history
         ]
         about = list(parts.types), list(parts.documents), made.parameters, measures, history
-        made_now = Record(told, counts, *about)
         before = [r for r in records.read(own.corpus) if key(r.declared) == key(told)]
-        record = before[0] if before else made_now  # of a teacher only its doubt may be missing
-        if not before:
+        record = before[0] if before else Record(told, counts, *about)
+        if not before:  # of a teacher only its doubt may be missing
             records.add(own.corpus, record)
         if method is None:
             emissions = targets.emissions(taught, parts.test)

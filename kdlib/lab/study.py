@@ -436,6 +436,7 @@ class Study:
         return self._whole(seed, isinstance(self.teacher, Fitted) and self.teacher.cased)
 
     def _whole(self, seed: int = 0, cased: bool = False) -> Tagger:
+        """The encoder whole; thin students start from it as it is, whatever their teacher sees."""
         backbone = self._backbone(seed)
         torch.manual_seed(seed)
         encoder = copy.deepcopy(backbone.encoder)
