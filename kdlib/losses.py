@@ -245,14 +245,32 @@ def teacher_paths(teacher: Chain, mask: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def surrogate_labels(
-    teacher: Chain, mask: Tensor, k: int = 10, weight_temperature: float = 1.0
+    teacher: Chain,
+    mask: Tensor,
+    k: int = 10,
+    weight_temperature: float = 1.0,
+    held: float = 1.0,
+    doubted: float = 1.0,
 ) -> Surrogates:
-    """The surrogate labels of a batch; legal paths only, fewer than k where there are fewer."""
+    """The surrogate labels of a batch; legal paths only, fewer than k where there are fewer.
+
+    Two further readings of what a lattice holds: with `held` below 1 only the best paths that
+    together reach this share of the teacher's probability (all k where these reach less); with
+    `doubted` below 1 every label is allowed, so that `fuzzy` is 0, in a sentence whose best path
+    has this probability or more.
+    """
+    for name, share in (("held", held), ("doubted", doubted)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}: expected a probability above 0, up to 1, got {share}")
     paths, scores = teacher_paths(teacher, mask, k)
+    p = (scores - teacher.crf.log_partition(teacher.emissions, mask)[:, None]).exp()
+    if held < 1:
+        scores = scores.masked_fill(p.cumsum(1) - p >= held, NEG_INF)  # reached by better paths
     labels = teacher.crf.num_labels
     unary, pairwise = path_counts(paths, path_weights(scores, weight_temperature), mask, labels)
     used, _ = path_counts(paths, (scores > NEG_INF).to(unary), mask, labels)
-    return Surrogates(unary, pairwise, used > 0)
+    sure = (p[:, :1] >= doubted) & mask if doubted < 1 else torch.zeros_like(mask)
+    return Surrogates(unary, pairwise, (used > 0) | sure[..., None])
 
 
 def top_k(

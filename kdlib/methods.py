@@ -74,10 +74,12 @@ class Method:
         return replace(self, name=name or self.name, knobs={**self.knobs, **knobs})
 
     @property
-    def paths(self) -> tuple[int, float]:
-        """Of the surrogate labels it learns from: how many paths, and their weights'
-        temperature."""
-        return self.knobs["k"], self.knobs.get("weight_temperature", math.inf)
+    def paths(self) -> dict[str, float]:
+        """Of the surrogate labels it learns from: what `losses.surrogate_labels` is asked."""
+        asked = ("k", "weight_temperature", "held", "doubted")
+        return {"weight_temperature": math.inf} | {
+            n: self.knobs[n] for n in asked if n in self.knobs
+        }
 
     def content(self) -> list:
         """What makes it another method, for a digest."""
@@ -143,8 +145,11 @@ def multi_grained(
     weight_temperature: float,
     temperature: float,
     grains: tuple[float, float, float],
+    held: float = 1.0,
+    doubted: float = 1.0,
 ) -> Tensor:
-    """eq. 6 with `losses.multi_grained`."""
+    """eq. 6 with `losses.multi_grained`; k, weight_temperature, held and doubted have made the
+    batch's surrogate labels."""
     student, teacher, batch = lesson.student, lesson.teacher, lesson.batch
     taught = losses.multi_grained(
         student, teacher, batch.surrogates, batch.mask, grains, temperature
@@ -296,6 +301,10 @@ METHODS = {m.name: m for m in (
     Method("path set", "Shang et al. 2018", path_set, CHAINS, TOP, colour="#7aa6a1"),
     Method("decoupled k-best", "Zhao et al. 2024", decoupled, CHAINS, TOP, colour="#4d7c8a"),
     Method("multi-grained", "Zhou et al. 2021", multi_grained, K_BEST, GRAINS, colour="#2a8c7a"),
+    Method("multi-grained, 0.9 held", "Zhou et al. 2021, read again", multi_grained, K_BEST,
+           GRAINS | {"k": 10, "held": 0.9}, colour="#57a898"),
+    Method("multi-grained, in doubt", "Zhou et al. 2021, read again", multi_grained, K_BEST,
+           GRAINS | {"doubted": 0.9}, colour="#8cc4b8"),
     Method("msd", "MSD eq. 12-14", msd, LEARNS, EQ_6 | META, quiz=True, colour="#8a4fbf"),
     Method("msd, teacher at rest", "its control", posterior, CHAINS, EQ_6 | {"temperature": 1.0},
            quiz=True, colour="#bfa0dd"),

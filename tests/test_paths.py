@@ -147,6 +147,38 @@ def test_fuzzy_counts_legal_recombinations_alone():
         losses.fuzzy(Chain(crf, student[:, :2]), none, mask)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_lattice_of_a_given_probability_and_one_for_doubted_sentences(share):
+    """`held`: the fewest best paths that reach the share, all of the k where they do not.
+    `doubted`: as without it where the best path has less, every label elsewhere."""
+    _, _, teacher_crf, teacher, mask = pair()
+    teacher = teacher * torch.tensor([0.3, 1.0, 3.0], dtype=teacher.dtype)[:, None, None]
+    told, k = Chain(teacher_crf, teacher.detach()), 30
+    fixed, held = (surrogate_labels(told, mask, k, held=held) for held in (1.0, share))
+    doubted = surrogate_labels(told, mask, k, doubted=share)
+    scores = teacher_crf.k_best(told.emissions, mask, k)[1]
+    p = (scores - teacher_crf.log_partition(told.emissions, mask)[:, None]).exp()
+    sizes, sure = [], []
+    for b, length in enumerate(LENGTHS):
+        few = next((j for j in range(1, k + 1) if p[b, :j].sum() >= share), k)
+        own = [x[b : b + 1] for x in (told.emissions, mask)]
+        cut = surrogate_labels(Chain(teacher_crf, own[0]), own[1], few)
+        for mine, other in zip(held, cut, strict=True):
+            torch.testing.assert_close(mine[b], other[0])
+        sizes.append(few)
+        sure.append(bool(p[b, 0] >= share))
+        wanted = (
+            torch.ones_like(fixed.allowed[b, :length]) if sure[b] else fixed.allowed[b, :length]
+        )
+        assert torch.equal(doubted.allowed[b, :length], wanted)
+    assert len(set(sizes)) > 1 and (share > 0.5 or len(set(sure)) > 1), (sizes, sure)
+    assert torch.equal(doubted.unary, fixed.unary) and not doubted.allowed[~mask].any()
+    for name in ("held", "doubted"):
+        for wrong in (0.0, 1.1, math.nan):
+            with pytest.raises(ValueError, match=f"{name}: expected a probability above 0"):
+                surrogate_labels(told, mask, k, **{name: wrong})
+
+
 def test_fuzzys_gradient_is_the_gap_between_free_and_allowed_marginals():
     crf, student, teacher_crf, teacher, mask = pair()
     allowed = surrogate_labels(Chain(teacher_crf, teacher), mask, 3).allowed

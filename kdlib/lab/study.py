@@ -355,7 +355,7 @@ class Study:
         else:
             rows = targets.with_teacher(rows, text, teacher)
         if PATHS in method.needs:
-            rows = targets.with_surrogates(rows, teacher, *method.paths)
+            rows = targets.with_surrogates(rows, teacher, **method.paths)
         if LAYERS in method.needs:
             rows = targets.with_layers(rows, text, teacher.tagger)
         if LIVE not in method.needs:

@@ -100,10 +100,10 @@ def with_words(data: OpenRows, sentences: Sequence[Sentence], teacher: Taught | 
 
 
 def with_surrogates(
-    data: Encoded, teacher: Taught | Told, k: int, weight_temperature: float = 1.0
+    data: Encoded, teacher: Taught | Told, k: int, weight_temperature: float = 1.0, **asked: float
 ) -> Encoded:
-    """The same sentences with the surrogate labels of the teacher's k best paths; ValueError unless
-    `with_teacher` came first, or where they would be too many to hold.
+    """The same sentences with the teacher's `surrogate_labels`, of which `asked` is what else they
+    take; ValueError unless `with_teacher` came first, or where they would be too many to hold.
 
     Their counts of neighbouring labels take K^2 numbers a word, in memory and in the cache.
     """
@@ -117,10 +117,9 @@ def with_surrogates(
             f"neighbouring labels of at most {MOST_SURROGATES / 1e9:.0f} GB, got "
             f"{needed / 1e9:.0f} GB: take structural or posterior, which store none, or less text"
         )
-    key = cache.digest("surrogates", teacher.crf, data.teacher, k, weight_temperature)
-    stored = cache.tensors(
-        "surrogates", key, lambda: _counted(data, teacher, k, weight_temperature)
-    )
+    asked |= {"k": k, "weight_temperature": weight_temperature}
+    key = cache.digest("surrogates", teacher.crf, data.teacher, asked)
+    stored = cache.tensors("surrogates", key, lambda: _counted(data, teacher, asked))
     words = data.lengths
     steps = [n - 1 for n in words]
     parts = stored["unary"].split(words), stored["pairwise"].split(steps)
@@ -208,15 +207,13 @@ def _same_labels(data: Encoded, teacher: Taught | Told) -> None:
         raise ValueError(f"expected a teacher with the labels {data.labels}, got {teacher.labels}")
 
 
-def _counted(
-    data: Encoded, teacher: Taught | Told, k: int, weight_temperature: float
-) -> dict[str, Tensor]:
+def _counted(data: Encoded, teacher: Taught | Told, asked: dict[str, float]) -> dict[str, Tensor]:
     """The surrogate labels of all words in a row, sentence after sentence."""
     of: list[tuple[Tensor, ...]] = [()] * len(data)
     device = teacher.crf.start.device
     for rows, batch in in_turn(data):
         chain, mask = Chain(teacher.crf, batch.teacher.to(device)), batch.mask.to(device)
-        found = surrogate_labels(chain, mask, k, weight_temperature).to("cpu")
+        found = surrogate_labels(chain, mask, **asked).to("cpu")
         for i, row in enumerate(rows):
             n = data.lengths[row]
             of[row] = found.unary[i, :n], found.pairwise[i, : n - 1], found.allowed[i, :n]
