@@ -2,7 +2,8 @@
 
 `Tagger`: the network gives each word piece the scores of its IOB2 labels; the CRF over them is
 numpy. `TwinTower`: words and any labels meet in a dot product. Texts may be of any length: they are
-read in windows of whole words, cut after a sentence where one ends.
+read in windows of whole words, cut after a sentence where one ends; where none does, windows
+overlap, so that an entity is whole in one of them.
 """
 
 import itertools
@@ -78,10 +79,29 @@ Bag = Sequence[int]  # the word pieces of a word or label
 
 
 class Window(NamedTuple):
-    """Some words of a text: which text, and where each word begins and ends in it."""
+    """Some words of a text: which text, where each word begins and ends in it, and from which word
+    on to which an entity may begin that this window answers for; the others are read around it."""
 
     text: int
     words: list[tuple[int, int]]
+    first: int
+    last: int
+
+
+def windows(number: int, text: str, most: int) -> Iterator[Window]:
+    """A text of at most `most` words whole; of a longer one `calls.windows`, each with `most` / 16
+    words more on a side where no sentence ends, and at most `most` in all."""
+    more, at = most // 16, 0
+    parts = list(calls.windows(text, most))
+    if len(parts) > 1:
+        parts = list(calls.windows(text, most - 2 * more))
+    words = [word for part in parts for word in part]
+    for part in parts:
+        end = at + len(part)
+        before = more if at and not calls.ends(text, words, at) else 0
+        after = more if end < len(words) and not calls.ends(text, words, end) else 0
+        yield Window(number, words[at - before : end + after], before, before + len(part))
+        at = end
 
 
 class Student:
@@ -145,20 +165,22 @@ class Student:
         if not wanted:
             return found
         most = min(self._most, MOST_WORDS)
-        windows = [Window(i, w) for i, text in enumerate(texts) for w in calls.windows(text, most)]
-        lengths = [len(w.words) for w in windows]
-        rows = sorted(range(len(windows)), key=lengths.__getitem__)
-        parts = calls.batches(rows, lengths, batch_size, WORDS_AT_ONCE) if windows else ()
+        cut = [window for i, text in enumerate(texts) for window in windows(i, text, most)]
+        lengths = [len(w.words) for w in cut]
+        rows = sorted(range(len(cut)), key=lengths.__getitem__)
+        parts = calls.batches(rows, lengths, batch_size, WORDS_AT_ONCE) if cut else ()
         for part in parts:
-            some = [windows[row] for row in part]
+            some = [cut[row] for row in part]
             words = [[texts[w.text][a:b] for a, b in w.words] for w in some]
             for window, entities in zip(some, self._entities(words, bounds), strict=True):
                 text = texts[window.text]
                 for start, end, label, score in entities:
+                    if not window.first <= start < window.last:
+                        continue
                     a, b = window.words[start][0], window.words[end - 1][1]
                     entity = {"start": a, "end": b, "text": text[a:b]}
                     found[window.text].append(entity | {"label": label, "score": score})
-        return [sorted(own, key=lambda e: e["start"]) for own in found]
+        return [list(_in_order(own)) for own in found]
 
     def pipeline(self, texts: str | Sequence[str]) -> list:
         """Hugging Face's form of an answer, as a token classification pipeline gives it with
@@ -268,7 +290,7 @@ class Tagger(Student):
 class TwinTower(Student):
     """Any labels: those it was taught, or others. An entity is a run of words with one best label,
     each likelier than the label's threshold to be in any entity at all; its score is the mean of
-    that probability. Unlike in torch, a run ends where a window of a long text does."""
+    that probability. Unlike in torch, a run that leaves its window by `most` / 16 words is cut."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], int8: bool, threads: int) -> None:
         super().__init__(folder, config, int8, threads)
@@ -317,6 +339,15 @@ class TwinTower(Student):
             likely, best = 1 - own[:length, 0], own[:length, 1:].argmax(1)
             kept = np.where(likely > bounds[best], best + 1, 0).tolist()
             yield [(s, e, labels[n - 1], float(likely[s:e].mean())) for s, e, n in word_runs(kept)]
+
+
+def _in_order(entities: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Entities from left to right; where two windows overlap and disagree, the earlier one."""
+    reached = 0
+    for entity in sorted(entities, key=lambda e: e["start"]):
+        if entity["start"] >= reached:
+            reached = entity["end"]
+            yield entity
 
 
 def load(folder: str | Path, int8: bool = True, threads: int = 1) -> Student:

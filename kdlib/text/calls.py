@@ -29,15 +29,15 @@ def windows(text: str, most: int) -> Iterator[list[tuple[int, int]]]:
     words, at = [m.span() for m in WORD.finditer(text)], 0
     while len(words) - at > most:
         places = range(at + most, at + most // 2, -1)
-        cut = next((i for i in places if _ends(text, words, i)), at + most)
+        cut = next((i for i in places if ends(text, words, i)), at + most)
         yield words[at:cut]
         at = cut
     if words[at:]:
         yield words[at:]
 
 
-def _ends(text: str, words: Sequence[tuple[int, int]], at: int) -> bool:
-    """Whether a sentence ends before word `at`: by a stop that follows no initial."""
+def ends(text: str, words: Sequence[tuple[int, int]], at: int) -> bool:
+    """Whether a sentence ends before word `at`: with a stop that follows no initial."""
     stop = text[words[at - 1][0]]
     return stop in "!?" or (stop == "." and words[at - 2][1] - words[at - 2][0] > 2)
 

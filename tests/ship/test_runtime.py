@@ -284,6 +284,37 @@ def test_damaged_files_are_one_clear_error(request, tmp_path, kind, name, conten
         runtime.load(tmp_path / "s")
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_no_entity_is_split_where_a_window_ends(made, monkeypatch, stops):
+    """Three-word names all over a text of 2,000 words, with sentence ends or without any."""
+    student = runtime.load(made[1])
+
+    def capitals(words, least):
+        for own in words:
+            runs = runtime.word_runs([int(w[0].isupper()) for w in own])
+            yield [(start, end, "PER", 1.0) for start, end, _ in runs]
+
+    monkeypatch.setattr(student, "_entities", capitals)
+    for gap in range(1, 12):
+        one = "Anna Maria Luisa " + "word " * gap + (". " if stops else "")
+        text = one * (2000 // len(one.split()))
+        found = student.predict_entities(text)
+        assert [e["text"] for e in found] == ["Anna Maria Luisa"] * text.count("Anna")
+        assert all(text[e["start"] : e["end"]] == e["text"] for e in found)
+        sizes = {len(w.words) for w in runtime.windows(0, text, 64)}
+        assert max(sizes) <= 64 and (max(sizes) == 64 or stops)
+
+
+def test_windows_that_overlap_never_give_entities_that_do(made):
+    """A student that finds what it likes, at its own thresholds and below."""
+    student = runtime.load(made[1])
+    text = "Anna in Paris is big old nobody " * 300
+    for found in (student.predict_entities(text, threshold=0), student.predict_entities(text)):
+        assert found and all(a["end"] <= b["start"] for a, b in pairwise(found))
+    kept = runtime._in_order([{"start": 4, "end": 6}, {"start": 1, "end": 5}])
+    assert list(kept) == [{"start": 1, "end": 5}]
+
+
 def test_an_initial_ends_no_sentence():
     text = "word " * 120 + "J. R. R. Tolkien wrote. " + "word " * 100
     first, *_ = runtime.calls.windows(text, 130)
