@@ -47,7 +47,8 @@ class Method:
 
     knobs: all that the loss reads beside its lesson, and exactly what a run's key holds. quiz: its
     student does without the sentences that examine MSD. start: a thin student begins 'projected'
-    from the pretrained encoder, and has the 'general' stage on raw text.
+    from the pretrained encoder (or, in one experiment, from its teacher, 'taught'), and has the
+    'general' stage on raw text.
     """
 
     name: str

@@ -3,8 +3,8 @@ corpus lies, each run recorded as it ends, and read back from its record everywh
 
 import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from kdlib.lab.records import Record
 from kdlib.lab.study import Budget, Fitted, Study
 from kdlib.lab.tables import Run
 from kdlib.methods import Method, chosen
+from kdlib.students import STUDENTS, Student
 from kdlib.teachers.tagger import Taught
 from kdlib.text.corpora import load, shuffled
 from kdlib.text.files import ROOT
@@ -30,16 +31,17 @@ class Experiment:
     """Methods x students x updates x seeds on one ground. The last checkpoint counts, so that dev
     chooses nothing; every seed has a teacher of its own.
 
-    methods: names, or {"name", "of", knobs}: a method with other knobs under a name of its own.
-    quiz: labelled sentences that examine MSD; `unseen`, its teacher learns without them too.
-    cased: its teacher sees letter case.
+    methods: names, or {"name", "of", knobs, "start"}: a method with other knobs, or another start
+    of a thin student, under a name of its own; students likewise, with other fields. quiz: labelled
+    sentences that examine MSD; `unseen`, its teacher learns without them too. cased: its teacher
+    sees letter case. softmax: teacher and students label words one by one, without a CRF.
     """
 
     corpus: str
     methods: list[str | dict[str, Any]]
     updates: list[int]
     seeds: int = 3
-    students: list[str] = field(default_factory=lambda: ["bilstm"])
+    students: list[str | dict[str, Any]] = field(default_factory=lambda: ["bilstm"])
     labelled: int = 1000
     transfer: int = 0
     dev: int = 250
@@ -50,22 +52,30 @@ class Experiment:
     quiz: int = 0
     unseen: bool = False
     cased: bool = False
+    softmax: bool = False
 
     @property
     def wanted(self) -> list[Method]:
         """The methods, with their knobs."""
         found = []
-        for m in self.methods:
-            own = {"of": m} if isinstance(m, str) else dict(m)
-            name = own.pop("name", "")
-            found.append(chosen([own.pop("of")])[0].tuned(name, **own))
+        for name, of, knobs in map(_varied, self.methods):
+            start = knobs.pop("start", None)
+            method = chosen([of])[0].tuned(name, **knobs)
+            found.append(method if start is None else replace(method, start=tuple(start)))
         return found
+
+    @property
+    def learners(self) -> dict[str, Student]:
+        """The students by name."""
+        varied = map(_varied, self.students)
+        return {name: replace(STUDENTS[of], **fields) for name, of, fields in varied}
 
     @property
     def teacher(self) -> Fitted:
         """Its teacher, trained on the students' own labels."""
         unseen = self.quiz if self.unseen else 0
-        return Fitted(self.teacher_updates, unseen=unseen, cased=self.cased)
+        own = {"softmax": self.softmax, "unseen": unseen, "cased": self.cased}
+        return Fitted(self.teacher_updates, **own)
 
     def budget(self, updates: int) -> Budget:
         """How long a student learns."""
@@ -82,6 +92,9 @@ class Experiment:
             return told | {"method": "teacher"}
         told |= {"method": method.name, "loss": method.loss.__name__, "knobs": dict(method.knobs)}
         told |= {"reads": method.reads, "student": student, "budget": asdict(self.budget(updates))}
+        shape = self.learners[student]
+        if shape != STUDENTS["bilstm"]:  # which alone has records from before this was told
+            told |= {"shape": asdict(shape), "start": list(method.start)}
         return told | ({"quiz": self.quiz} if method.quiz else {})
 
     def grid(self) -> Iterator[tuple[Method | None, str, int, int, dict]]:
@@ -89,9 +102,15 @@ class Experiment:
         outermost, then seeds, so that a stopped experiment has whole rows."""
         yield from ((None, "", 0, s, self.declared(None, "", 0, s)) for s in range(self.seeds))
         for updates, seed in itertools.product(self.updates, range(self.seeds)):
-            for student, method in itertools.product(self.students, self.wanted):
+            for student, method in itertools.product(self.learners, self.wanted):
                 told = self.declared(method, student, updates, seed)
                 yield method, student, updates, seed, told
+
+
+def _varied(row: str | Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """The name of a method or student, which one it is made of, and what is other than there."""
+    own = {"of": row} if isinstance(row, str) else dict(row)
+    return own.get("name", own["of"]), own["of"], {k: own[k] for k in own.keys() - {"name", "of"}}
 
 
 def experiments() -> dict[str, Experiment]:
@@ -254,7 +273,8 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
             raise ValueError(f"{what}: expected one of {there}, got {wrong!r}")
     corpus = load(own.corpus)
     parts = shuffled(corpus, own.labelled, own.transfer, own.dev, own.test)
-    ground = Study(parts, own.teacher, quiz=own.quiz, calibration=True)
+    students = own.learners
+    ground = Study(parts, own.teacher, quiz=own.quiz, students=students, calibration=True)
     for method, student, budget, seed, told in own.grid():
         if (methods and told["method"] not in methods) or (updates and budget not in updates):
             continue

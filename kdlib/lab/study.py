@@ -466,18 +466,18 @@ class Study:
         """A thin student, watched or not, after what its method starts with."""
         width = self._backbone(seed).encoder.width
         pupil = fitted if isinstance(fitted, Pupil) else Pupil(fitted, width)
-        if "projected" in start:
-            weights = self._projected(own, pupil.tagger.encoder)
+        if {"projected", "taught"} & set(start):
+            of = self.taught(seed)[0].tagger if "taught" in start else self._whole()
+            weights = self._projected(own, pupil.tagger.encoder, of.eval())
             pupil.projection.weight.data.copy_(weights.pop("basis"))
             pupil.tagger.encoder.load_state_dict(weights)
         if "general" in start and self.budget.general:
             pupil.load_state_dict(self._general(pupil, own, seed))
         return fitted
 
-    def _projected(self, own: Thin, student: nn.Module) -> dict[str, Tensor]:
+    def _projected(self, own: Thin, student: nn.Module, teacher: Tagger) -> dict[str, Tensor]:
         """The weights that `projection.project` gives a student, made once: eigenvectors differ in
         the last digit from run to run."""
-        teacher = self._whole().eval()
         mapped, (_, kept) = own.mapped(teacher.encoder), self._pieces(own)
         seen = teacher.encode([s.without_labels() for s in self.parts.text[:TEXT_OF_START]])
         key = cache.digest(

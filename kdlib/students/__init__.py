@@ -1,7 +1,7 @@
 """Small models, each declared once: how it is made from the pretrained encoder, and what it serves.
 
 A student starts from the pretrained encoder, never from the fine-tuned teacher, for every method
-alike.
+alike; one experiment tries what the other start is worth ('taught').
 """
 
 from collections.abc import Callable, Sequence

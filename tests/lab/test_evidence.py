@@ -1,4 +1,6 @@
+import itertools
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +11,7 @@ from kdlib.lab import evidence, records, scores
 from kdlib.lab.evidence import Experiment
 from kdlib.lab.records import Record
 from kdlib.lab.study import Fitted, Study
-from kdlib.students import STUDENTS, Lstm
+from kdlib.students import STUDENTS, Lstm, Thin
 from kdlib.text.tags import Span
 
 METHODS = ["student alone", {"of": "top-k", "name": "one best", "k": 1}, "posterior"]
@@ -22,7 +24,8 @@ def at_hand(tiny_folder, tmp_path, monkeypatch):
     students = STUDENTS | {"bilstm": Lstm(embedding=8, hidden=6)}
     monkeypatch.setattr(evidence, "load", lambda name: CORPUS)
     monkeypatch.setattr(evidence, "experiments", lambda: {"own": OWN})
-    monkeypatch.setattr(evidence, "Study", partial(Study, encoder=tiny_folder, students=students))
+    monkeypatch.setattr(evidence, "STUDENTS", students)
+    monkeypatch.setattr(evidence, "Study", partial(Study, encoder=tiny_folder))
     monkeypatch.setattr(records, "FOLDER", tmp_path / "runs")
     return tmp_path / "runs" / "tiny.jsonl"
 
@@ -209,6 +212,26 @@ def test_a_record_from_before_a_field_was_there_is_found():
     older = told | {"teacher": {k: v for k, v in told["teacher"].items() if k != "unseen"}}
     assert evidence.key(older) == evidence.key(told)
     assert evidence.key(told | {"seed": 1}) != evidence.key(told)
+
+
+def test_a_varied_student_and_start_are_declared(tiny_folder):
+    """The start from the teacher differs from the usual one, and both from none."""
+    rows = ["bilstm", "thin", {"of": "thin", "name": "thinner", "width": 4, "rate": 0.5}]
+    start = {"of": "student alone", "name": "taught", "start": ["taught"]}
+    own = Experiment("tiny", ["student alone", start], [2], students=rows, softmax=True)
+    assert own.teacher.softmax and own.learners["thinner"] == Thin(0.5, width=4)
+    alone, taught = own.wanted
+    told = [own.declared(m, s, 2, 0) for m, s in itertools.product(own.wanted, own.learners)]
+    assert len({evidence.key(t) for t in told}) == 6 and "shape" not in told[0]
+    assert told[2]["shape"]["width"] == 4 and told[2]["start"] == ["projected"]
+    assert told[4]["start"] == ["taught"]
+    shape = Thin(1e-2, 1, 4, 4, 0)
+    study = tiny_study(tiny_folder, teacher=Fitted(updates=2), students={"thin": shape})
+    weights = [
+        study.lessons(m, "thin", 0).student.encoder.model.get_input_embeddings().weight
+        for m in (alone, taught, replace(alone, start=()))
+    ]
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(weights, 2))
 
 
 def test_a_teacher_may_do_without_the_quiz(tiny_folder):
