@@ -154,8 +154,9 @@ def key(declared: dict) -> str:
 
 def table(experiment: Experiment) -> pd.DataFrame:
     """One row a recorded run: student, method, updates, seed, precision, recall, f1, parameters,
-    what was measured beside (agreement, ece; of a teacher entropy, best), in percent but these."""
-    rows = []
+    what was measured beside (dev_f1, agreement, ece; of a teacher entropy, best), in percent but
+    the last two."""
+    rows, beside = [], {"dev_f1", "ece"}
     for record, updates in recorded(experiment):
         right, guessed, there = record.counts.sum((0, 1))
         told = record.declared
@@ -165,7 +166,7 @@ def table(experiment: Experiment) -> pd.DataFrame:
             | {"recall": round(100 * right / max(there, 1), 3)}
             | {"f1": round(float(scores.f1(record.units)), 3), "parameters": record.parameters}
             | record.measures
-            | {k: v for row in record.history[-1:] for k, v in row.items() if k == "ece"}
+            | {k: v for row in record.history[-1:] for k, v in row.items() if k in beside}
         )
     return pd.DataFrame(rows)
 

@@ -98,7 +98,7 @@ class Album:
         figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.36 * len(compared)))
         differences(axes, compared)
         axes.set(xlabel="difference in test F1 (points)")
-        axes.set_title("Capped bars: bootstrap. Pale lines: over seeds")
+        axes.set_title("Capped bars: bootstrap. Pale lines: over seeds. Filled: shown")
         self.save(stem, compared, caption, figure)
 
 
@@ -322,12 +322,14 @@ def dots(axes: Axes, table: pd.DataFrame, value: str, order: Sequence[str]) -> N
 
 def differences(axes: Axes, compared: pd.DataFrame) -> None:
     """`tables.compare` as a forest plot: capped bars over test sentences, thin lines over seeds, 0
-    in black."""
+    in black; a dot is filled where the difference is shown."""
     axes.axvline(0, color="black", linewidth=0.8)
-    for place, row in enumerate(compared[::-1].itertuples()):
+    sure = compared["verdict"] == "shown" if "verdict" in compared else tables.shown(compared)
+    for place, row in enumerate(compared.assign(sure=sure)[::-1].itertuples()):
         colour = COLOURS.get(row.method, "#333333")
         reach = [[row.difference - row.low], [row.high - row.difference]]
-        axes.errorbar(row.difference, place, xerr=reach, fmt="o", color=colour, capsize=3)
+        inside = colour if row.sure else "white"
+        axes.errorbar(row.difference, place, xerr=reach, fmt="o", c=colour, mfc=inside, capsize=3)
         axes.plot([row.seeds_low, row.seeds_high], [place - 0.2] * 2, color=colour, alpha=0.5)
     axes.set_yticks(range(len(compared)), (compared["method"] + " − " + compared["against"])[::-1])
     axes.set_ylim(-0.6, len(compared) - 0.4)
