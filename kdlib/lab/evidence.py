@@ -154,7 +154,7 @@ def key(declared: dict) -> str:
 
 def table(experiment: Experiment) -> pd.DataFrame:
     """One row a recorded run: student, method, updates, seed, precision, recall, f1, parameters,
-    what was measured beside (dev_f1, agreement, ece; of a teacher entropy, best), in percent but
+    what was measured beside (dev_f1, `agreement`, ece; of a teacher entropy, best), in percent but
     the last two."""
     rows, beside = [], {"dev_f1", "ece"}
     for record, updates in recorded(experiment):
@@ -287,7 +287,7 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
         else:
             study = ground.with_budget(own.budget(budget))
             made = study.run(method, student, seed)
-            measures = {"agreement": round(agreement(made, study, seed), 3)} if method.needs else {}
+            measures = agreement(made, study, seed) if method.needs else {}
         gold = [s.spans for s in parts.test]
         counts = records.per_sentence(gold, made.predicted, parts.types)
         history = [
@@ -311,9 +311,14 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
         print(f"{name}: {budget:6} {made.method:20} seed {seed}: {f1:5.2f}", flush=True)
 
 
-def agreement(made: Run, study: Study, seed: int) -> float:
-    """F1 of a student's test entities with its teacher's taken as gold, in percent."""
-    return scores.agreement(made.predicted, study.taught(seed)[1].predicted)
+def agreement(made: Run, study: Study, seed: int) -> dict[str, float]:
+    """A student's test entities with its teacher's taken as gold, in percent: F1 of entities
+    (agreement), recall of entities' words and accuracy of all words, which are GLiNER -> LSTM's."""
+    taught = study.taught(seed)[1].predicted
+    words = scores.word_scores(taught, made.predicted, [len(s.tokens) for s in study.parts.test])
+    found = {"agreement": scores.agreement(made.predicted, taught)}
+    found |= {f"word_{name}": words[name] for name in ("recall", "accuracy")}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 @torch.no_grad()

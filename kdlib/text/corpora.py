@@ -250,7 +250,8 @@ OPEN = {
     "gliner": ("gliner/medical", None),
     "pile-mistral": ("pile-mistral", "urchade/pile-mistral-v0.1"),
 }  # folder, hub name
-NAMES = ("demo", "demo-fine", *SOURCES, *OPEN)
+DEMOS = ("demo", "demo-fine", "demo-large")  # coarse, fine, coarse with demo.FURTHER more
+NAMES = (*DEMOS, *SOURCES, *OPEN)
 LONGEST = 80  # words kept of a passage with open types
 
 
@@ -261,17 +262,20 @@ def printable(name: str, words: Sequence[str]) -> list[str]:
 
 
 def load(name: str) -> Dataset:
-    """A data set by name (`demo`, `demo-fine`, one of SOURCES or OPEN), or a folder of the user's
-    own with train, dev and test files.
+    """A data set by name (one of DEMOS, SOURCES or OPEN), or a folder of the user's own with train,
+    dev and test files.
 
     Named sets are looked for under `$KDLIB_DATA/<name>/`, then on the hub if `datasets` is
     installed. A set without a dev part gives every tenth training sentence to dev. Training
     sentences of a named set that stand in its dev or test part too are left out.
     FileNotFoundError names what would have worked.
     """
-    if name in ("demo", "demo-fine"):
+    if name in DEMOS:
         parts = [read(file) for file in locate(name)]
-        return Dataset(name, *([demo.coarse(s) for s in p] if name == "demo" else p for p in parts))
+        if name == "demo-large":  # written by the same hand as the files, and never stored
+            parts = list(demo.generate(further=demo.FURTHER).values())
+        fine = name == "demo-fine"
+        return Dataset(name, *(p if fine else [demo.coarse(s) for s in p] for p in parts))
     if name in OPEN:
         return _open_corpus(name)
     files = locate(name)
@@ -307,7 +311,7 @@ def _check_tags(file: Path | None, sentences: Sequence[Sentence]) -> None:
 def locate(name: str) -> list[Path | None]:
     """The train, dev (None: it has none) and test files of a data set on this machine; [] for a
     named set that only the hub has."""
-    if name in ("demo", "demo-fine"):
+    if name in DEMOS:
         if not demo.FOLDER.is_dir():
             raise FileNotFoundError(
                 f"{demo.FOLDER}: the demo corpus and the notebooks come with a checkout, not with "

@@ -24,6 +24,7 @@ from kdlib.text.tags import Sentence, Span
 FOLDER = ROOT / "data" / "demo"
 SPLITS = ("train", "dev", "test")
 SIZES = {"train": 4000, "dev": 400, "test": 1000}
+FURTHER = 40_000  # sentences of train that are in no file: text for the asking
 COARSE = {
     "PER": ("politician", "athlete", "musician", "writer", "scientist"),
     "LOC": ("city", "country", "river", "mountain", "island"),
@@ -185,21 +186,23 @@ def spoil(labelled: Sentence, rng: random.Random) -> Sentence:
     )
 
 
-def generate(seed: int = 0) -> dict[str, list[Sentence]]:
-    """Train (with label noise), dev and test; no sentence comes twice, not even across the
-    three."""
+def generate(seed: int = 0, further: int = 0) -> dict[str, list[Sentence]]:
+    """Train (with label noise), dev and test; no sentence comes twice, not even across the three.
+
+    Train ends with so many `further` sentences, drawn last, so that all others are what they are
+    without.
+    """
     rng = random.Random(seed)
     seen: set[str] = set()
-    parts = {}
-    for split, size in SIZES.items():
-        names, found = Names(_lists(), split, rng), []
+    parts: dict[str, list[Sentence]] = {split: [] for split in SIZES}
+    for split, size in (*SIZES.items(), ("train", SIZES["train"] + further)):
+        names, found = Names(_lists(), split, rng), parts[split]
         while len(found) < size:
             new = sentence(names)
             text = " ".join(new.tokens).lower()
             if text not in seen and 3 <= len(new.tokens) <= 60:
                 seen.add(text)
                 found.append(spoil(new, rng) if split == "train" else new)
-        parts[split] = found
     return parts
 
 

@@ -34,6 +34,15 @@ def test_no_sentence_repeats_and_surfaces_vary(parts):
     assert len(skeletons) > 0.5 * len(parts["train"])
 
 
+def test_further_sentences_follow_the_stored_ones_and_are_new():
+    few, more = demo.generate(further=30), demo.generate(further=300)
+    train = corpora.load("demo-fine").train
+    assert few["train"][:-30] == train and more["train"][: len(few["train"])] == few["train"]
+    assert more["test"] == few["test"] and few["train"][-30:] == more["train"][-300:-270]
+    every = [" ".join(s.tokens).lower() for sentences in more.values() for s in sentences]
+    assert len(set(every)) == len(every)
+
+
 def test_two_views_of_one_text():
     coarse, fine = corpora.load("demo"), corpora.load("demo-fine")
     assert coarse.types == ["ANI", "LOC", "ORG", "PER", "PLT"] and len(fine.types) >= 25
