@@ -5,14 +5,16 @@ emissions are what is kept, under a digest of the weights and of the sentences. 
 cost more than the marginals, and every epoch needs them again: what they count to is kept too.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from gliner import GLiNER
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +33,9 @@ from kdlib.text.corpora import Dataset, Parts, in_words
 from kdlib.text.files import replacing
 from kdlib.text.tags import Sentence, Span, to_spans
 from kdlib.twin_tower import OpenRows
+
+if TYPE_CHECKING:
+    from gliner import GLiNER
 
 MOST_SURROGATES = 8e9  # bytes
 

@@ -11,6 +11,8 @@ and inside of an entity (token mode). The student wants a distribution per word 
 which is `by_covering_span`, `Answer.inside` and `soft_labels`.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
@@ -20,12 +22,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
 import transformers
-from gliner import GLiNER
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -33,6 +34,9 @@ from kdlib.crf import LinearChainCRF, legal_iob2
 from kdlib.methods import PATHS, SEQUENCES, WORDS
 from kdlib.students.pretrained import minilm, quiet
 from kdlib.text.tags import Sentence, Span, iob2_labels
+
+if TYPE_CHECKING:  # where one is made, since it takes seconds to import and most runs need none
+    from gliner import GLiNER
 
 READINGS = ("spans", "tokens")
 BATCH = 32  # sentences asked at once
@@ -83,6 +87,8 @@ class Answer:
 def load(name: str) -> GLiNER:
     """A GLiNER from a folder or the hub, such as 'urchade/gliner_small-v2.1'; OSError, naming what
     would work, if it cannot be had."""
+    from gliner import GLiNER
+
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     if not Path(name).is_dir() and name.startswith((".", "/", "~")):
         raise FileNotFoundError(
@@ -163,6 +169,8 @@ def train(
 
 
 def _new(source: str, recipe: Recipe) -> GLiNER:
+    from gliner import GLiNER
+
     kind = "token" if recipe.mode == "token_level" else "span"
     config = {
         "model_type": f"gliner_uni_encoder_{kind}",
