@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from seqeval.metrics import classification_report
 from seqeval.scheme import IOB2
 from torch import Tensor
@@ -133,7 +133,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     if len(values) < 2:
         return float(values.mean()), float("nan")
     error = values.std(ddof=1) / np.sqrt(len(values))
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error
+    half = special.stdtrit(len(values) - 1, (1 + confidence) / 2) * error
     return float(values.mean()), float(half)
 
 
