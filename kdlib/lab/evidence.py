@@ -183,6 +183,28 @@ def gap_closed(runs: pd.DataFrame) -> pd.DataFrame:
     return long.dropna()[["student", "method", "updates", "seed", "closed"]]
 
 
+def at_equal_seconds(
+    runs: pd.DataFrame, ms: Mapping[str, float], updates: int, against: str = "pseudo-labels"
+) -> pd.DataFrame:
+    """F1 of each method after the seconds that `updates` updates of another one take: student,
+    method, seed, updates, f1. Between two budgets a seed's F1 is a straight line over log updates.
+
+    ms: of an update, by method; those without are left out. ValueError where a method would need
+    more or fewer updates than it was given.
+    """
+    rows = []
+    known = runs[runs["method"].isin(ms)].sort_values("updates")
+    for (student, method, seed), own in known.groupby(["student", "method", "seed"], sort=False):
+        due, there = updates * ms[against] / ms[method], own["updates"]
+        if not there.min() <= due <= there.max():
+            got = f"{there.min()} to {there.max()}"
+            raise ValueError(f"{method}: expected budgets around {due:.0f} updates, got {got}")
+        f1 = round(float(np.interp(np.log(due), np.log(there), own["f1"])), 3)
+        told = {"student": student, "method": method, "seed": seed, "updates": round(due)}
+        rows.append(told | {"f1": f1})
+    return pd.DataFrame(rows)
+
+
 def contrasts(
     experiment: Experiment, asked: Iterable[tuple[str, str]] = tables.CONTRASTS
 ) -> pd.DataFrame:

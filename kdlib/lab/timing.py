@@ -21,7 +21,7 @@ from kdlib.models import Tagger
 from kdlib.text.tags import Sentence
 
 TURN = 4  # calls
-UPDATES = 4  # a turn
+UPDATES = 24  # a turn
 
 
 def in_turns(

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import CORPUS, tiny_study
 
@@ -165,6 +166,22 @@ def test_a_doubt_that_does_not_fit_is_refused_and_nothing_written(tmp_path, monk
     with pytest.raises(ValueError, match="expected a record on this test set first, got a doubt"):
         records.add_doubt("d", record, np.array([0.1, 0.2, 0.3]))
     assert not records.file_of("d").exists()
+
+
+def test_f1_at_equal_seconds_by_hand():
+    """Twice as slow is half the updates, and their F1 half way between 1,000 and 4,000."""
+    points = {"pseudo-labels": [1, 2, 3], "posterior": [10, 20, 40], "msd": [5, 5, 5]}
+    runs = pd.DataFrame(
+        {"student": "s", "method": method, "seed": 0, "updates": updates, "f1": f1}
+        for method, own in points.items()
+        for updates, f1 in zip((1000, 4000, 16000), own, strict=True)
+    )
+    ms = {"pseudo-labels": 10.0, "posterior": 20.0}
+    found = evidence.at_equal_seconds(runs, ms, 4000).set_index("method")
+    assert found["f1"].to_dict() == {"pseudo-labels": 2.0, "posterior": 15.0}
+    assert found.loc["posterior", "updates"] == 2000
+    with pytest.raises(ValueError, match="posterior: expected budgets around 500 updates, got 1"):
+        evidence.at_equal_seconds(runs, ms, 1000)
 
 
 def test_contrasts_by_hand(monkeypatch):
