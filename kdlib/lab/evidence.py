@@ -330,7 +330,8 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
                     f"{name}: the recorded teacher of seed {seed} has {was:.2f}, and its own doubt"
                 )
         f1 = float(scores.f1(counts.sum(1)))
-        print(f"{name}: {budget:6} {made.method:20} seed {seed}: {f1:5.2f}", flush=True)
+        who = made.method if len(students) == 1 or not student else f"{made.method}, {student}"
+        print(f"{name}: {budget:6} {who:20} seed {seed}: {f1:5.2f}", flush=True)
 
 
 def agreement(made: Run, study: Study, seed: int) -> dict[str, float]:
