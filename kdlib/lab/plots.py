@@ -98,7 +98,8 @@ class Album:
         figure, axes = plt.subplots(figsize=(8.4, 0.9 + 0.36 * len(compared)))
         differences(axes, compared)
         axes.set(xlabel="difference in test F1 (points)")
-        axes.set_title("Capped bars: bootstrap. Pale lines: over seeds. Filled: shown")
+        told = "Capped bars: bootstrap. Pale lines: over seeds. Filled: shown"
+        axes.set_title(told, loc="right")  # names on the left may be long
         self.save(stem, compared, caption, figure)
 
 
