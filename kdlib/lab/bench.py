@@ -281,6 +281,7 @@ def students(seconds: float = 40.0) -> pd.DataFrame:
         for layers in (3, 2, 1)
         for width, units in ((240, 960), (156, 600), (96, 384))
     }
+    shapes["6 layers, 108 wide"] = Thin(layers=6, width=108, feed_forward=432)
     study = Study(parts, Fitted(softmax=True))
     models: dict[str, Tagger] = {
         "teacher": study.new_teacher(),
