@@ -301,8 +301,8 @@ def updates(rounds: int = 6) -> pd.DataFrame:
     parts = corpora.shuffled(corpora.load("demo"), 400, 2500)
     study = Study(parts, Fitted(updates=1, one=True), quiz=80)  # speed depends on no training
     rows: dict[str, Method | None] = {"teacher": None}
-    plain_ones = ("student alone", "pseudo-labels", "top-k", "weighted top-k", "posterior")
-    rows |= {name: METHODS[name] for name in (*plain_ones, "structural")}
+    stored = "student alone", "pseudo-labels", "top-k", "weighted top-k", "posterior", "structural"
+    rows |= {name: METHODS[name] for name in stored}
     msd = METHODS["msd"]
     rows["posterior, teacher read anew"] = msd.tuned(every=0)
     rows |= {f"msd {way}": msd.tuned(way=way, every=1) for way in ("central", "exact")}

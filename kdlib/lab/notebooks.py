@@ -29,6 +29,7 @@ from kdlib.text.files import ROOT, replacing, write_text
 
 BUILD = ROOT / "build"
 PROFILES = ("default", "quick", "full")
+EXPERIMENTS = {"ladders", "readings", "searched"}  # parameters that name experiments with records
 EVERY = 15.0  # seconds between two lines of a run that goes on
 
 
@@ -179,7 +180,7 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
         files += sorted(
             (ROOT / "figures").glob("*/[0-9][0-9]_table*.csv")
         )  # what other notebooks have left to read
-    if "ladders" in used:
+    if EXPERIMENTS & used.keys():
         files += [ROOT / "notebooks" / "evidence.yaml", *sorted((ROOT / "data" / "runs").glob("*"))]
     return cache.digest(used, [_sha(f) for f in files])
 

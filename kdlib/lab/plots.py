@@ -322,7 +322,7 @@ def dots(axes: Axes, table: pd.DataFrame, value: str, order: Sequence[str]) -> N
 
 
 def differences(axes: Axes, compared: pd.DataFrame) -> None:
-    """`tables.compare` as a forest plot: capped bars over test sentences, thin lines over seeds, 0
+    """`tables.compare` as a forest plot: capped bars over test sentences, pale lines over seeds, 0
     in black; a dot is filled where the difference is shown."""
     axes.axvline(0, color="black", linewidth=0.8)
     sure = compared["verdict"] == "shown" if "verdict" in compared else tables.shown(compared)

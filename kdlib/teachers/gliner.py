@@ -35,7 +35,7 @@ from kdlib.methods import PATHS, SEQUENCES, WORDS
 from kdlib.students.pretrained import minilm, quiet
 from kdlib.text.tags import Sentence, Span, iob2_labels
 
-if TYPE_CHECKING:  # where one is made, since it takes seconds to import and most runs need none
+if TYPE_CHECKING:  # it is slow to import, and most runs need none: done where one is made
     from gliner import GLiNER
 
 READINGS = ("spans", "tokens")

@@ -271,9 +271,10 @@ def load(name: str) -> Dataset:
     FileNotFoundError names what would have worked.
     """
     if name in DEMOS:
-        parts = [read(file) for file in locate(name)]
         if name == "demo-large":  # written by the same hand as the files, and never stored
             parts = list(demo.generate(further=demo.FURTHER).values())
+        else:
+            parts = [read(file) for file in locate(name)]
         fine = name == "demo-fine"
         return Dataset(name, *(p if fine else [demo.coarse(s) for s in p] for p in parts))
     if name in OPEN:

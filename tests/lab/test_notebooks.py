@@ -100,6 +100,12 @@ def test_runs_at_quick(path, tmp_path, quick_cache, monkeypatch):
         study.run(path.stem, parameters | extra, tmp_path / path.name)
 
 
+def test_a_notebook_that_reads_records_runs_again_when_they_change():
+    for path in NOTEBOOKS:
+        reads = "evidence.experiments()" in path.read_text(encoding="utf8")
+        assert reads == bool(study.EXPERIMENTS & study.declared(path.stem).keys()), path.stem
+
+
 def test_study_lists_every_notebook():
     assert sorted(study.study()) == [p.stem for p in NOTEBOOKS]
 

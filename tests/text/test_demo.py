@@ -43,6 +43,13 @@ def test_further_sentences_follow_the_stored_ones_and_are_new():
     assert len(set(every)) == len(every)
 
 
+def test_the_large_corpus_is_the_stored_one_and_more(monkeypatch):
+    monkeypatch.setattr(demo, "FURTHER", 30)
+    small, large = corpora.load("demo"), corpora.load("demo-large")
+    assert large.train[:-30] == small.train and large.types == small.types
+    assert (large.dev, large.test) == (small.dev, small.test)
+
+
 def test_two_views_of_one_text():
     coarse, fine = corpora.load("demo"), corpora.load("demo-fine")
     assert coarse.types == ["ANI", "LOC", "ORG", "PER", "PLT"] and len(fine.types) >= 25
