@@ -19,8 +19,9 @@ from kdlib.lab.study import Budget, Fitted, Study
 from kdlib.lab.tables import Run
 from kdlib.methods import Method, chosen
 from kdlib.students import STUDENTS, Student
+from kdlib.teachers.gliner import Recipe, Told
 from kdlib.teachers.tagger import Taught
-from kdlib.text.corpora import load, shuffled
+from kdlib.text.corpora import in_file_order, load, shuffled
 from kdlib.text.files import ROOT
 
 FILE = ROOT / "notebooks" / "evidence.yaml"
@@ -34,7 +35,8 @@ class Experiment:
     methods: names, or {"name", "of", knobs, "start"}: a method with other knobs, or another start
     of a thin student, under a name of its own; students likewise, with other fields. quiz: labelled
     sentences that examine MSD; `unseen`, its teacher learns without them too. cased: its teacher
-    sees letter case. softmax: teacher and students label words one by one, without a CRF.
+    sees letter case. softmax: teacher and students label words one by one, without a CRF. teaching:
+    sentences with labels that no student reads; a GLiNER learns from them, the one teacher then.
     """
 
     corpus: str
@@ -53,6 +55,7 @@ class Experiment:
     unseen: bool = False
     cased: bool = False
     softmax: bool = False
+    teaching: int = 0
 
     @property
     def wanted(self) -> list[Method]:
@@ -71,8 +74,10 @@ class Experiment:
         return {name: replace(STUDENTS[of], **fields) for name, of, fields in varied}
 
     @property
-    def teacher(self) -> Fitted:
-        """Its teacher, trained on the students' own labels."""
+    def teacher(self) -> Fitted | Recipe:
+        """Its teacher, trained on the students' own labels, or a GLiNER on its own."""
+        if self.teaching:
+            return Recipe(self.teacher_updates)
         unseen = self.quiz if self.unseen else 0
         own = {"softmax": self.softmax, "unseen": unseen, "cased": self.cased}
         return Fitted(self.teacher_updates, **own)
@@ -81,11 +86,24 @@ class Experiment:
         """How long a student learns."""
         return Budget(updates, self.batch, self.general, evaluations=1)
 
+    def ground(self) -> Study:
+        """What its runs stand on; FileNotFoundError where its corpus is not here."""
+        corpus, about = load(self.corpus), {"quiz": self.quiz, "students": self.learners}
+        if not self.teaching:
+            parts = shuffled(corpus, self.labelled, self.transfer, self.dev, self.test)
+            return Study(parts, self.teacher, calibration=True, **about)
+        sizes = self.labelled, self.teaching, self.transfer, self.dev, self.test
+        parts = in_file_order(corpus, *sizes)
+        model = targets.trained_gliner(parts, self.teacher)
+        return Study(parts, targets.told(model, parts), **about)
+
     def declared(self, method: Method | None, student: str, updates: int, seed: int) -> dict:
         """What a run is, in words and numbers: its record is found by it. None: the teacher."""
         sizes = ("corpus", "labelled", "transfer", "dev", "test")
         told = {name: getattr(self, name) for name in sizes} | {"seed": seed}
         told["version"] = cache.VERSION
+        if self.teaching:
+            told["teaching"] = self.teaching
         if method is None or method.needs:
             told["teacher"] = asdict(self.teacher)
         if method is None:
@@ -100,7 +118,8 @@ class Experiment:
     def grid(self) -> Iterator[tuple[Method | None, str, int, int, dict]]:
         """Method (None: the teacher), student, updates, seed, and what they declare; updates
         outermost, then seeds, so that a stopped experiment has whole rows."""
-        yield from ((None, "", 0, s, self.declared(None, "", 0, s)) for s in range(self.seeds))
+        teachers = 1 if self.teaching else self.seeds
+        yield from ((None, "", 0, s, self.declared(None, "", 0, s)) for s in range(teachers))
         for updates, seed in itertools.product(self.updates, range(self.seeds)):
             for student, method in itertools.product(self.learners, self.wanted):
                 told = self.declared(method, student, updates, seed)
@@ -146,7 +165,8 @@ def key(declared: dict) -> str:
     """What was declared as one text, the same for tuples and the lists that JSON makes of them, and
     for a record from before `Fitted` or `Budget` had a field, which then has its default."""
     told = dict(declared)
-    for name, kind in (("teacher", Fitted), ("budget", Budget)):
+    teacher = Recipe if "teaching" in told else Fitted
+    for name, kind in (("teacher", teacher), ("budget", Budget)):
         if told.get(name):
             told[name] = asdict(kind(**told[name]))
     return json.dumps(told, sort_keys=True)
@@ -294,10 +314,8 @@ def run(name: str, methods: Collection[str] = (), updates: Collection[int] = ())
     ):
         for wrong in set(asked) - set(there):
             raise ValueError(f"{what}: expected one of {there}, got {wrong!r}")
-    corpus = load(own.corpus)
-    parts = shuffled(corpus, own.labelled, own.transfer, own.dev, own.test)
-    students = own.learners
-    ground = Study(parts, own.teacher, quiz=own.quiz, students=students, calibration=True)
+    students, ground = own.learners, own.ground()
+    parts = ground.parts
     for method, student, budget, seed, told in own.grid():
         if (methods and told["method"] not in methods) or (updates and budget not in updates):
             continue
@@ -345,7 +363,7 @@ def agreement(made: Run, study: Study, seed: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def doubt(teacher: Taught, study: Study) -> dict[str, float]:
+def doubt(teacher: Taught | Told, study: Study) -> dict[str, float]:
     """How unsure a teacher is of the text it labels: entropy of a word's label in nats, and the
     share of probability that its best sequence holds; means over words and over sentences."""
     text = targets.emissions(teacher, study.parts.text)[len(study.parts.labelled) :]
@@ -360,7 +378,7 @@ def doubt(teacher: Taught, study: Study) -> dict[str, float]:
 
 
 @torch.no_grad()
-def entropies(teacher: Taught, emissions: Iterable[Tensor]) -> np.ndarray:
+def entropies(teacher: Taught | Told, emissions: Iterable[Tensor]) -> np.ndarray:
     """Of each sentence [n, K] the entropy of its words' labels, in nats, summed over its words."""
     found = []
     for e in emissions:

@@ -52,6 +52,22 @@ def test_every_run_is_recorded_once_and_found_by_what_was_declared(at_hand, monk
     assert json.loads(lines[-1])["declared"]["method"] == "posterior"
 
 
+def test_a_gliner_teaches_every_seed_of_an_experiment(at_hand, long_folder, monkeypatch):
+    """One GLiNER, trained on sentences that no student reads, for a twin tower and a tagger."""
+    own = replace(OWN, teaching=4, transfer=4, students=["twin tower", "bilstm"], updates=[2])
+    own = replace(own, methods=["pseudo-labels", "soft targets"])
+    monkeypatch.setattr(evidence, "experiments", lambda: {"own": own})
+    trained = partial(evidence.targets.trained_gliner, encoder=long_folder)
+    monkeypatch.setattr(evidence.targets, "trained_gliner", trained)
+    evidence.run("own")
+    rows = evidence.table(own)
+    assert rows.loc[rows["method"] == "teacher", "seed"].tolist() == [0]
+    assert len(rows) == 1 + 2 * 2 * 2 and not evidence.missing("own")
+    told = [record.declared for record, _ in evidence.recorded(own)]
+    assert {t["teaching"] for t in told} == {4} and {t["teacher"]["steps"] for t in told} == {2}
+    assert rows.loc[rows["method"] != "teacher", "word_accuracy"].between(0, 100).all()
+
+
 def test_a_stopped_experiment_goes_on(at_hand):
     evidence.run("own")
     whole = at_hand.read_text()
