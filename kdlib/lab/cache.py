@@ -50,6 +50,7 @@ def _has_docstring(node: ast.AST) -> bool:
 NUMBERS = ("*.py", "students/*.py", "teachers/*.py", "text/tags.py", "text/pieces.py")
 NUMBERS += ("lab/train.py", "lab/study.py", "lab/targets.py", "lab/scores.py")
 SOURCES = code(Path(__file__).parents[1], NUMBERS)
+PLAIN = {type(None), str, int, float, bool}
 LIBRARIES = tuple(version(name) for name in ("torch", "transformers", "gliner"))
 MADE_BY = (VERSION, SOURCES, LIBRARIES)
 
@@ -110,7 +111,7 @@ def _feed(sha: "hashlib._Hash", part: Any) -> None:
         _feed(sha, sorted(part.items()))
     elif isinstance(part, (list, tuple)):
         sha.update(f"{len(part)}[".encode())
-        if all(type(item) is int for item in part):  # most of what sentences are made of
+        if _plain(part):  # most of what sentences are made of, and written by Python at once
             sha.update(repr(part).encode())
             part = ()
         for item in part:
@@ -120,6 +121,17 @@ def _feed(sha: "hashlib._Hash", part: Any) -> None:
         raise TypeError(
             f"digest: expected plain values, tensors or modules, got {type(part).__name__}"
         )
+
+
+def _plain(part: Iterable[Any]) -> bool:
+    """Whether there are nothing but plain values in it, however deep: `repr` tells all of them."""
+    while True:
+        kinds = set(map(type, part))
+        if kinds <= PLAIN:
+            return True
+        if not kinds <= PLAIN | {list, tuple}:
+            return False
+        part = [item for inner in part if type(inner) in (list, tuple) for item in inner]
 
 
 def locked(path: Path) -> FileLock:

@@ -393,10 +393,15 @@ class Study:
         return loss
 
     def _read(self, model: Tagger | TwinTower, sentences: Sequence[Sentence]) -> Rows:
-        """Sentences as a student reads them, a twin tower asked for the types of each."""
-        if not model.asks:
-            return model.encode(sentences)
-        return model.encode(sentences, [self._asked[s.tokens] for s in sentences])
+        """Sentences as a student reads them, a twin tower asked for the types of each; read once,
+        as most runs of a study read the same."""
+        tokenizer = model.tokenizer
+        how = () if model.asks else (model.encoder.max_pieces, model.encoder.reads_shapes)
+        read = ("rows", id(tokenizer), type(model), how, tuple(sentences))
+        if read not in self._kept:
+            asked = [[self._asked[s.tokens] for s in sentences]] if model.asks else []
+            self._kept[read] = tokenizer, model.encode(sentences, *asked)  # so that its id stays
+        return self._kept[read][1]
 
     @property
     def _asked(self) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -449,13 +454,19 @@ class Study:
         own, backbone = self.students[student], self._backbone(seed)
         torch.manual_seed(seed)
         if isinstance(own, Twin):
-            return own.model(backbone, targets.pca)
+            return own.model(backbone, self._pca)
         if isinstance(own, Thin):
             tokenizer, kept = self._pieces(own)
             encoder = own.encoder(backbone, kept)
         else:
-            tokenizer, encoder = backbone.tokenizer, own.encoder(backbone, targets.pca)
+            tokenizer, encoder = backbone.tokenizer, own.encoder(backbone, self._pca)
         return Tagger(encoder, tokenizer, self.labels, softmax=self._softmax)
+
+    def _pca(self, table: Tensor, width: int) -> Tensor:
+        """The backbone's table, reduced: to tell it by its digest takes as long as to reduce it."""
+        if ("pca", width) not in self._kept:
+            self._kept["pca", width] = targets.pca(table, width)
+        return self._kept["pca", width]
 
     def _pieces(self, own: Thin) -> tuple:
         return own.read(self._backbone(0), [s.tokens for s in self.parts.text])
@@ -505,7 +516,7 @@ class Study:
             )
         cut = len(text) - max(1, len(text) // 50)  # what stays unread chooses the best weights
         seen, held_out = (
-            targets.with_layers(pupil.tagger.encode(part), part, teacher)
+            targets.with_layers(self._read(pupil.tagger, part), part, teacher)
             for part in (text[:cut], text[cut:])
         )
         loss = self._loss(IMITATION, None)

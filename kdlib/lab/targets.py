@@ -62,29 +62,31 @@ def emissions(teacher: Taught | Told, sentences: Sequence[Sentence]) -> list[Ten
     """The teacher's emissions [L, K]; a GLiNER's follow from answers that are kept already."""
     if isinstance(teacher, Told):
         return teacher.emissions(sentences)
-    tagger = teacher.tagger
-    own = tagger.encode([s.without_labels() for s in sentences])
-    key = cache.digest("emissions", tagger, own.content())
-    stored = cache.tensors(
-        "emissions", key, lambda: {str(i): e for i, e in enumerate(tagger.emissions(own))}
-    )
-    return [stored[str(i)] for i in range(len(own))]
+    tagger, asked = teacher.tagger, tuple(s.tokens for s in sentences)
+    if asked not in teacher.said:
+        own = tagger.encode([s.without_labels() for s in sentences])
+        key = cache.digest("emissions", tagger, own.content())
+        stored = cache.tensors(
+            "emissions", key, lambda: {str(i): e for i, e in enumerate(tagger.emissions(own))}
+        )
+        teacher.said[asked] = [stored[str(i)] for i in range(len(own))]
+    return teacher.said[asked]
 
 
 def entities(teacher: Taught | Told, sentences: Sequence[Sentence]) -> list[tuple[Span, ...]]:
     """The teacher's one best labels, remembered."""
     if isinstance(teacher, Told):
         return teacher.entities(sentences)
-    own = teacher.tagger.encode([s.without_labels() for s in sentences])
-    key = cache.digest("entities", teacher.tagger, own.content())
-    found = cache.record("entities", key, lambda: {"spans": _best(teacher, sentences)})
+    said = emissions(teacher, sentences)
+    key = cache.digest("entities", teacher.labels, teacher.crf, said)
+    found = cache.record("entities", key, lambda: {"spans": _best(teacher, said)})
     return [tuple(Span(*span) for span in spans) for spans in found["spans"]]
 
 
-def _best(teacher: Taught, sentences: Sequence[Sentence]) -> list[list[Span]]:
-    """The entities of the best sequences, from the emissions that other methods ask for too."""
+def _best(teacher: Taught, emissions: Iterable[Tensor]) -> list[list[Span]]:
+    """The entities of the best sequences."""
     found = []
-    for e in emissions(teacher, sentences):
+    for e in emissions:
         e = e[None].to(teacher.crf.start.device)
         path = teacher.crf.viterbi(e, torch.ones(e.shape[:2], dtype=torch.bool, device=e.device))
         found.append(to_spans([teacher.labels[k] for k in path[0].tolist()]))

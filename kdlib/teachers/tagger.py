@@ -16,12 +16,15 @@ from kdlib.text.tags import Sentence, Span, iob2_labels, split_tag
 class Taught:
     """A CRF or softmax tagger as a teacher: it tells emissions and paths; one that sees no letter
     case can learn from its student too, and where it is a Transformer tell what its layers hold.
+
+    said: emissions by the sentences asked for, as a study asks for the same again and again.
     """
 
     def __init__(self, tagger: Tagger) -> None:
         self.tagger = tagger.eval().requires_grad_(False)
         self.tells = tells(isinstance(tagger.encoder, Transformer), tagger.encoder.reads_shapes)
         self.labels, self.crf, self.softmax = tagger.labels, tagger.crf, tagger.softmax
+        self.said: dict[tuple[tuple[str, ...], ...], list[Tensor]] = {}
 
     def entities(self, sentences: Sequence[Sentence]) -> list[tuple[Span, ...]]:
         """Its own output."""

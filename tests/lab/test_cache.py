@@ -15,6 +15,7 @@ from kdlib.text.files import ROOT, replacing, write_text
 def test_digests_tell_contents_apart():
     plain = [None, 0, 0.0, False, "0", "", ("a", "b"), ("ab",), Settings(), Settings(seed=1)]
     nested = [[], [[]], [0], [0, 0], {}, {"a": 1}, {"a": 2}, {"b": 1}, [("a", 1)]]
+    nested += [[[0], 0], [[0, 0]], [[0], [0]], [[False]], [["0"]], [[None, (0,)]], ["\ud800"]]
     tensors = [
         torch.zeros(2),
         torch.zeros(2, 1),

@@ -14,6 +14,7 @@ from kdlib.lab import cache, plots, scores, tables, targets, train
 from kdlib.lab.study import Fitted, Study
 from kdlib.losses import surrogate_labels
 from kdlib.methods import METHODS, Lacks, Lesson, chosen
+from kdlib.models import Tagger
 from kdlib.students import Lstm, Thin, Twin
 from kdlib.teachers import gliner
 from kdlib.teachers.gliner import Answer, Recipe, Told
@@ -238,6 +239,16 @@ def test_only_a_methods_own_knobs_make_another_run(study, no_fit):
     for knobs in ({"k": 2}, {"weight_temperature": 2.0}, {"temperature": 2.0}, {"alpha": 0.1}):
         with pytest.raises(pytest.fail.Exception, match="trained again"):
             study.run(METHODS["multi-grained"].tuned(**knobs), "bilstm", 0)
+
+
+def test_methods_and_seeds_share_what_was_read_before_them(study, monkeypatch):
+    """Neither the sentences nor what their teacher says of them is made a second time."""
+    shared, methods = replace(study, teacher=Fitted(5, 4, one=True)), ["posterior", "structural"]
+    shared.runs(methods, ["bilstm"], [0], show=False)
+    monkeypatch.setattr(Tagger, "encode", lambda *a: pytest.fail("encoded again"))
+    monkeypatch.setattr(Tagger, "emissions", lambda *a: pytest.fail("asked again"))
+    runs = shared.runs(methods, ["bilstm"], [0, 1], show=False)
+    assert len(runs) == 4 and len({json.dumps(run.history) for run in runs}) == 4
 
 
 def test_a_teacher_whose_weights_were_lost_is_trained_again(study):
