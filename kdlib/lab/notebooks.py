@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -170,7 +171,9 @@ def key(stem: str, parameters: Mapping[str, Any]) -> str:
     used = {name: cell["default"] for name, cell in declared(stem).items()} | {
         k: repr(v) for k, v in parameters.items()
     }
-    files = [ROOT / "notebooks" / f"{stem}.ipynb", *_sources()]
+    notebook = ROOT / "notebooks" / f"{stem}.ipynb"
+    timed = re.findall(r'bench\\" / \\"(\w+\.csv)', notebook.read_text(encoding="utf8"))
+    files = [notebook, *_sources(), *(ROOT / "figures" / "bench" / name for name in timed)]
     for name in (used.get(parameter, "").strip("'\"") for parameter in ("dataset", "unseen")):
         files += filter(None, locate(name) if name else [])
     for name in (used.get(p, "").strip("'\"") for p in ("encoder", "teacher", "text", "gold")):

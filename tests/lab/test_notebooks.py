@@ -106,6 +106,17 @@ def test_a_notebook_that_reads_records_runs_again_when_they_change():
         assert reads == bool(study.EXPERIMENTS & study.declared(path.stem).keys()), path.stem
 
 
+def test_a_notebook_that_reads_a_bench_runs_again_when_it_changes(monkeypatch):
+    def keys(changed):
+        monkeypatch.setattr(study, "_sha", lambda file: f"{file.name} {file.name == changed}")
+        return {p.stem: study.key(p.stem, {}) for p in NOTEBOOKS}
+
+    before, after = keys(""), keys("updates.csv")
+    differ = {stem for stem in before if before[stem] != after[stem]}
+    text = {p.stem: p.read_text(encoding="utf8") for p in NOTEBOOKS}
+    assert differ == {stem for stem in text if "updates.csv\\" in text[stem]} != set()
+
+
 def test_study_lists_every_notebook():
     assert sorted(study.study()) == [p.stem for p in NOTEBOOKS]
 
