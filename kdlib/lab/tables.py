@@ -250,6 +250,12 @@ def contrasts(counted: Counted, asked: Iterable[tuple[str, str]] = CONTRASTS) ->
     return table
 
 
+def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """a and b of y = a x^-b, by least squares of the logarithms."""
+    slope, level = np.polyfit(np.log(x), np.log(y), 1)
+    return float(np.exp(level)), -float(slope)
+
+
 def _apart(table: pd.DataFrame, name: str) -> pd.Series:
     """Whether an interval leaves out 0."""
     return (table[f"{name}low"] > 0) | (table[f"{name}high"] < 0)

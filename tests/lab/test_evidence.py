@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import CORPUS, tiny_study
 
-from kdlib.lab import evidence, records, scores
+from kdlib.lab import evidence, records, scores, tables
 from kdlib.lab.evidence import Experiment
 from kdlib.lab.records import Record
 from kdlib.lab.study import Fitted, Study
@@ -66,6 +66,27 @@ def test_a_gliner_teaches_every_seed_of_an_experiment(at_hand, long_folder, monk
     told = [record.declared for record, _ in evidence.recorded(own)]
     assert {t["teaching"] for t in told} == {4} and {t["teacher"]["steps"] for t in told} == {2}
     assert rows.loc[rows["method"] != "teacher", "word_accuracy"].between(0, 100).all()
+
+
+def test_students_beside_their_teachers_by_hand(monkeypatch):
+    teachers = pd.DataFrame({"method": "teacher", "f1": [80.0, 90.0]})
+    student = {
+        "method": "posterior",
+        "f1": 68.0,
+        "agreement": 70.0,
+        "entropy": np.nan,
+        "best": np.nan,
+    }
+    student = pd.DataFrame([student | {"word_recall": 97.0, "word_accuracy": 98.5}])
+    monkeypatch.setattr(evidence, "table", lambda e: pd.concat([teachers, student]))
+    (row,) = evidence.beside_teachers(OWN).to_dict("records")
+    assert row["method"] == "posterior" and row["sentences"] == 6 + 8
+    assert (row["kept"], row["missed"], row["wrong"]) == (80, 3, 1.5)
+
+
+def test_a_power_law_is_found_again():
+    sizes = [2_000, 5_000, 11_000]
+    assert tables.power_law(sizes, [7 * n**-0.4 for n in sizes]) == pytest.approx((7, 0.4))
 
 
 def test_a_stopped_experiment_goes_on(at_hand):
