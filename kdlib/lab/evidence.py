@@ -86,6 +86,13 @@ class Experiment:
         """How long a student learns."""
         return Budget(updates, self.batch, self.general, evaluations=1)
 
+    def epochs(self, updates: int) -> float:
+        """How often a student with a teacher reads each sentence; its corpus's size is not known
+        before it is read, so ValueError where `transfer` is 0."""
+        if not self.transfer:
+            raise ValueError("transfer: expected a number of sentences, got 0, all there are")
+        return updates * self.batch / (self.labelled + self.transfer)
+
     def ground(self) -> Study:
         """What its runs stand on; FileNotFoundError where its corpus is not here."""
         corpus, about = load(self.corpus), {"quiz": self.quiz, "students": self.learners}

@@ -30,7 +30,8 @@ from kdlib.text.files import ROOT, replacing, write_text
 
 BUILD = ROOT / "build"
 PROFILES = ("default", "quick", "full")
-EXPERIMENTS = {"ladders", "readings", "searched"}  # parameters that name experiments with records
+# parameters that name experiments with records
+EXPERIMENTS = {"ladders", "readings", "searched", "grown"}
 EVERY = 15.0  # seconds between two lines of a run that goes on
 
 

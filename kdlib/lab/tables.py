@@ -251,7 +251,10 @@ def contrasts(counted: Counted, asked: Iterable[tuple[str, str]] = CONTRASTS) ->
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """a and b of y = a x^-b, by least squares of the logarithms."""
+    """a and b of y = a x^-b, by least squares of the logarithms; ValueError for fewer than two
+    different x, and for what is not above 0."""
+    if len(set(x)) < 2 or min(*x, *y) <= 0:
+        raise ValueError(f"expected two different x and numbers above 0, got {list(x)}, {list(y)}")
     slope, level = np.polyfit(np.log(x), np.log(y), 1)
     return float(np.exp(level)), -float(slope)
 

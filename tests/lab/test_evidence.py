@@ -84,9 +84,18 @@ def test_students_beside_their_teachers_by_hand(monkeypatch):
     assert (row["kept"], row["missed"], row["wrong"]) == (80, 3, 1.5)
 
 
+def test_epochs_are_what_a_student_reads_of_its_text():
+    assert OWN.epochs(7) == 7 * 16 / (6 + 8)
+    with pytest.raises(ValueError, match="transfer: expected a number of sentences, got 0"):
+        replace(OWN, transfer=0).epochs(7)
+
+
 def test_a_power_law_is_found_again():
     sizes = [2_000, 5_000, 11_000]
     assert tables.power_law(sizes, [7 * n**-0.4 for n in sizes]) == pytest.approx((7, 0.4))
+    for x, y in (([1, 1], [1, 2]), ([1, 2], [1, 0])):
+        with pytest.raises(ValueError, match="expected two different x and numbers above 0"):
+            tables.power_law(x, y)
 
 
 def test_a_stopped_experiment_goes_on(at_hand):
