@@ -176,7 +176,8 @@ def untrained_gliner(small: bool, mode: str) -> GLiNER:
 
 
 def runtimes(model: GLiNER) -> dict[str, GLiNER]:
-    """The model in torch, in gliner's ONNX runtime and in its int8."""
+    """The model in torch, in gliner's ONNX runtime, in its int8, and with `LABELS` read beforehand
+    in place of with every text."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), pretrained.quiet():
         warnings.simplefilter("ignore")  # the exporter's remarks on gliner's code
         model.export_to_onnx(folder)
@@ -186,7 +187,10 @@ def runtimes(model: GLiNER) -> dict[str, GLiNER]:
         onnx = GLiNER.from_pretrained(folder, runtime="onnxruntime", session_options=options)
         int8 = copy.deepcopy(model)
         int8.quantize("int8")
-    return {"torch": model, "onnxruntime": onnx, "torch int8": int8}
+        compressed = copy.deepcopy(model)
+        compressed.compress_prompt_embeddings(sentences(how_many=32), list(LABELS))
+    of_torch = {"torch": model, "torch int8": int8, "torch, prompts compressed": compressed}
+    return of_torch | {"onnxruntime": onnx}
 
 
 def sentences(words: int = 20, how_many: int = 128) -> list[str]:
