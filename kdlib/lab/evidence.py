@@ -57,6 +57,10 @@ class Experiment:
     softmax: bool = False
     teaching: int = 0
 
+    def __post_init__(self) -> None:
+        if self.teaching and (self.unseen or self.cased or self.softmax):
+            raise ValueError("teaching: expected a GLiNER without unseen, cased or softmax")
+
     @property
     def wanted(self) -> list[Method]:
         """The methods, with their knobs."""
@@ -86,12 +90,17 @@ class Experiment:
         """How long a student learns."""
         return Budget(updates, self.batch, self.general, evaluations=1)
 
-    def epochs(self, updates: int) -> float:
-        """How often a student with a teacher reads each sentence; its corpus's size is not known
-        before it is read, so ValueError where `transfer` is 0."""
+    @property
+    def sentences(self) -> int:
+        """How many a student with a teacher reads; ValueError where `transfer` is 0, all there are:
+        that is not known before the corpus is read."""
         if not self.transfer:
             raise ValueError("transfer: expected a number of sentences, got 0, all there are")
-        return updates * self.batch / (self.labelled + self.transfer)
+        return self.labelled + self.transfer
+
+    def epochs(self, updates: int) -> float:
+        """How often a student with a teacher reads each sentence."""
+        return updates * self.batch / self.sentences
 
     def ground(self) -> Study:
         """What its runs stand on; FileNotFoundError where its corpus is not here."""
@@ -205,7 +214,7 @@ def beside_teachers(experiment: Experiment) -> pd.DataFrame:
     taught = rows[rows["agreement"].notna()]
     f1 = rows.loc[rows["method"] == "teacher", "f1"].mean()
     return taught.assign(
-        sentences=experiment.labelled + experiment.transfer,
+        sentences=experiment.sentences,
         kept=100 * taught["f1"] / f1,
         missed=100 - taught["word_recall"],
         wrong=100 - taught["word_accuracy"],

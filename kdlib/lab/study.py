@@ -463,7 +463,7 @@ class Study:
         return Tagger(encoder, tokenizer, self.labels, softmax=self._softmax)
 
     def _pca(self, table: Tensor, width: int) -> Tensor:
-        """The backbone's table, reduced: to tell it by its digest takes as long as to reduce it."""
+        """The backbone's table, reduced once a study: its digest alone reads all of it."""
         if ("pca", width) not in self._kept:
             self._kept["pca", width] = targets.pca(table, width)
         return self._kept["pca", width]

@@ -83,10 +83,10 @@ def entities(teacher: Taught | Told, sentences: Sequence[Sentence]) -> list[tupl
     return [tuple(Span(*span) for span in spans) for spans in found["spans"]]
 
 
-def _best(teacher: Taught, emissions: Iterable[Tensor]) -> list[list[Span]]:
-    """The entities of the best sequences."""
+def _best(teacher: Taught, said: Iterable[Tensor]) -> list[list[Span]]:
+    """The entities of the best sequences of these emissions."""
     found = []
-    for e in emissions:
+    for e in said:
         e = e[None].to(teacher.crf.start.device)
         path = teacher.crf.viterbi(e, torch.ones(e.shape[:2], dtype=torch.bool, device=e.device))
         found.append(to_spans([teacher.labels[k] for k in path[0].tolist()]))

@@ -88,6 +88,8 @@ def test_epochs_are_what_a_student_reads_of_its_text():
     assert OWN.epochs(7) == 7 * 16 / (6 + 8)
     with pytest.raises(ValueError, match="transfer: expected a number of sentences, got 0"):
         replace(OWN, transfer=0).epochs(7)
+    with pytest.raises(ValueError, match="expected a GLiNER without unseen, cased or softmax"):
+        replace(OWN, teaching=4, softmax=True)
 
 
 def test_a_power_law_is_found_again():
