@@ -25,6 +25,7 @@ FORMAT, TWIN = "kdlib tagger 1", "kdlib-twin-tower"
 SCORES = ("start", "transitions", "end")
 MOST_WORDS = 256  # of a window
 WORDS_AT_ONCE = 4_000  # of a batch, padding included: memory stays flat
+RESCALED = 4  # words: scores of one may differ by 170, or a probability is lost among the least
 
 
 class Crf:
@@ -43,13 +44,13 @@ class Crf:
         best[0] += self.start
         for i in range(1, len(best)):
             arriving = best[i - 1][:, None] + self._arrive  # [B, to, from]
-            steps.append(arriving.argmax(2).tolist())
-            best[i] += arriving.max(2)
+            steps.append(arriving.argmax(2))
+            best[i] += np.maximum.reduce(arriving, 2)
         last = (best[lengths - 1, np.arange(len(lengths))] + self.end).argmax(1)
-        paths = []
+        back, paths = np.array(steps).tolist(), []
         for row, (at, length) in enumerate(zip(last.tolist(), lengths.tolist(), strict=True)):
             path = [at]
-            for step in reversed(steps[: length - 1]):
+            for step in reversed(back[: length - 1]):
                 path.append(step[row][path[-1]])
             paths.append(path[::-1])
         return paths
@@ -58,7 +59,7 @@ class Crf:
         """p(y_i = v | x) [B, L, K], what lies beyond a row's length means nothing.
 
         Forward and backward at once, the second over each row turned round, in probabilities that
-        are rescaled at each word: `came`, all before it; `here`, with the word itself.
+        are rescaled every few words: `came`, all before it; `here`, with the word itself.
         """
         local = np.exp(emissions - emissions.max(2, keepdims=True))
         rows, at = np.arange(len(local))[:, None], np.arange(local.shape[1])
@@ -70,7 +71,8 @@ class Crf:
             if i:
                 np.matmul(here[i - 1], self._steps, out=came[i])
             np.multiply(came[i], both[i], out=here[i])
-            here[i] /= here[i].sum(2, keepdims=True)
+            if i % RESCALED == 0:
+                here[i] /= np.add.reduce(here[i], 2, keepdims=True)
         found = came[:, 0].swapaxes(0, 1) * here[:, 1].swapaxes(0, 1)[rows, turned]
         return found / found.sum(2, keepdims=True)
 
@@ -282,8 +284,8 @@ class Tagger(Student):
             marginals = self.crf.marginals(emissions[some], lengths[some])
         place = {i: at for at, i in enumerate(some)}
         for i, own in enumerate(spans):
-            sure = own and marginals[place[i], range(len(paths[i])), paths[i]]
-            scored = [(s, e, kind, float(sure[s:e].mean())) for s, e, kind in own]
+            sure = marginals[place[i], range(len(paths[i])), paths[i]].tolist() if own else []
+            scored = [(s, e, kind, sum(sure[s:e]) / (e - s)) for s, e, kind in own]
             yield [x for x in scored if x[2] in least and x[3] >= least[x[2]]]
 
 

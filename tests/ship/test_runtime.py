@@ -144,7 +144,8 @@ def test_int8_is_near_and_a_quarter_as_large(made):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_its_crf_is_the_models(seed):
+@pytest.mark.parametrize("spread", [3, 30])  # of a doubtful network, of one without any doubt
+def test_its_crf_is_the_models(seed, spread):
     torch.manual_seed(seed)
     labels = iob2_labels(["A", "B"])
     crf = LinearChainCRF(len(labels), legal_iob2(labels)).double()
@@ -155,7 +156,7 @@ def test_its_crf_is_the_models(seed):
         *(runtime._scores(v) for v in json.loads(json.dumps(crf_of(holder))).values())
     )
     lengths = np.array([1, 2, 9, 9])
-    emissions = 3 * torch.randn(4, 9, len(labels), dtype=torch.double)
+    emissions = spread * torch.randn(4, 9, len(labels), dtype=torch.double)
     for rows in (range(4), [0], [2, 3]):
         rows = list(rows)
         own, words = emissions[rows][:, : lengths[rows].max()], lengths[rows]
