@@ -20,7 +20,7 @@ from kdlib.methods import Method
 from kdlib.models import Tagger
 from kdlib.text.tags import Sentence
 
-TURN = 4  # calls
+TURN = 16  # calls
 UPDATES = 24  # a turn
 
 

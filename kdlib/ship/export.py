@@ -243,7 +243,8 @@ def _recurrent(
 
 
 def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor], str]:
-    """The same of a BERT, or of an ELECTRA, whose table is narrower than its layers."""
+    """The same of a BERT, or of an ELECTRA, whose table is narrower than its layers: pieces in rows
+    [B P, width] where they do not meet, so that each product takes its bias along."""
     model, node = encoder.model, helper.make_node
     heads, table = model.config.num_attention_heads, model.embeddings
     width = encoder.width // heads
@@ -253,8 +254,11 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
         "zero": torch.tensor(0),
         "one": torch.tensor(1),
         "second": torch.tensor([1]),
-        "heads": torch.tensor([0, 0, heads, width]),
-        "joined": torch.tensor([0, 0, heads * width]),
+        "any": torch.tensor([-1]),
+        "rows": torch.tensor([-1, table.word_embeddings.embedding_dim]),
+        "parts": torch.tensor([3, heads, width]),
+        "joined": torch.tensor([-1, heads * width]),
+        "wide": torch.tensor([encoder.width]),
         "scale": torch.tensor(width**-0.5),
         "seen": torch.tensor(0.0),
         "hidden": torch.tensor(-1e9),
@@ -265,9 +269,10 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
         inputs = [source, f"{out} gain", f"{out} shift"]
         return node("LayerNormalization", inputs, [out], axis=-1, epsilon=module.eps)
 
-    def linear(source: str, module: nn.Linear, out: str) -> list[onnx.NodeProto]:
-        held.update({f"{out}.weight": module.weight.T, f"{out}.bias": module.bias})
-        return _linear(source, out, out)
+    def linear(source: str, modules: Sequence[nn.Linear], out: str) -> onnx.NodeProto:
+        held[f"{out}.weight"] = torch.cat([module.weight for module in modules]).T
+        held[f"{out}.bias"] = torch.cat([module.bias for module in modules])
+        return node("Gemm", [source, f"{out}.weight", f"{out}.bias"], [out])
 
     nodes = [
         node("Shape", ["pieces"], ["long"], start=1),
@@ -276,7 +281,10 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
         node("Gather", ["words", "pieces"], ["word"]),
         node("Gather", ["places", "at"], ["place"]),
         node("Add", ["word", "place"], ["embedded"]),
-        norm("embedded", table.LayerNorm, "layer 0"),
+        node("Reshape", ["embedded", "rows"], ["embedded rows"]),
+        norm("embedded rows", table.LayerNorm, "layer 0"),
+        node("Concat", ["any", "long", "parts"], ["heads"], axis=0),
+        node("Concat", ["any", "long", "wide"], ["texts"], axis=0),
         node("Cast", ["lengths"], ["whole"], to=INT64),
         node("Unsqueeze", ["whole", "second"], ["end"]),
         node("Less", ["at", "end"], ["inside"]),
@@ -286,34 +294,40 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
     ]
     last = "layer 0"
     if hasattr(model, "embeddings_project"):
-        nodes += linear(last, model.embeddings_project, "projected")
+        nodes.append(linear(last, [model.embeddings_project], "projected"))
         last = "projected"
     for m, layer in enumerate(stack(model), 1):
         parts = layer.attention.self
-        turns = {"query": [0, 2, 1, 3], "key": [0, 2, 3, 1], "value": [0, 2, 1, 3]}
-        for name, turn in turns.items():
-            nodes += linear(last, getattr(parts, name), f"{name} {m}")
-            nodes.append(node("Reshape", [f"{name} {m}", "heads"], [f"{name} {m} cut"]))
-            nodes.append(node("Transpose", [f"{name} {m} cut"], [f"{name} {m} turned"], perm=turn))
         nodes += [
-            node("MatMul", [f"query {m} turned", f"key {m} turned"], [f"raw {m}"]),
+            linear(last, [parts.query, parts.key, parts.value], f"asked {m}"),
+            node("Reshape", [f"asked {m}", "heads"], [f"asked {m} cut"]),
+            node("Transpose", [f"asked {m} cut"], [f"asked {m} turned"], perm=[2, 0, 3, 1, 4]),
+            node(
+                "Split",
+                [f"asked {m} turned"],
+                [f"query {m}", f"key {m}", f"value {m}"],  # each [1, B, heads, P, width]
+                axis=0,
+                num_outputs=3,
+            ),
+            node("Transpose", [f"key {m}"], [f"key {m} turned"], perm=[0, 1, 2, 4, 3]),
+            node("MatMul", [f"query {m}", f"key {m} turned"], [f"raw {m}"]),
             node("Mul", [f"raw {m}", "scale"], [f"scaled {m}"]),
             node("Add", [f"scaled {m}", "mask"], [f"masked {m}"]),
             node("Softmax", [f"masked {m}"], [f"share {m}"], axis=-1),
-            node("MatMul", [f"share {m}", f"value {m} turned"], [f"mixed {m}"]),
-            node("Transpose", [f"mixed {m}"], [f"mixed {m} turned"], perm=[0, 2, 1, 3]),
+            node("MatMul", [f"share {m}", f"value {m}"], [f"mixed {m}"]),
+            node("Transpose", [f"mixed {m}"], [f"mixed {m} turned"], perm=[0, 1, 3, 2, 4]),
             node("Reshape", [f"mixed {m} turned", "joined"], [f"mixed {m} joined"]),
-            *linear(f"mixed {m} joined", layer.attention.output.dense, f"attended {m}"),
+            linear(f"mixed {m} joined", [layer.attention.output.dense], f"attended {m}"),
             node("Add", [f"attended {m}", last], [f"attended {m} added"]),
             norm(f"attended {m} added", layer.attention.output.LayerNorm, f"middle {m}"),
-            *linear(f"middle {m}", layer.intermediate.dense, f"wide {m}"),
+            linear(f"middle {m}", [layer.intermediate.dense], f"wide {m}"),
             node("Gelu", [f"wide {m}"], [f"bent {m}"]),
-            *linear(f"bent {m}", layer.output.dense, f"narrow {m}"),
+            linear(f"bent {m}", [layer.output.dense], f"narrow {m}"),
             node("Add", [f"narrow {m}", f"middle {m}"], [f"narrow {m} added"]),
             norm(f"narrow {m} added", layer.output.LayerNorm, f"layer {m}"),
         ]
         last = f"layer {m}"
-    return nodes, held, last
+    return [*nodes, node("Reshape", [last, "texts"], ["encoded"])], held, "encoded"
 
 
 def _gates(ends: Sequence[tuple[nn.LSTM, str]]) -> dict[str, Tensor]:
