@@ -256,7 +256,7 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
         "second": torch.tensor([1]),
         "any": torch.tensor([-1]),
         "rows": torch.tensor([-1, table.word_embeddings.embedding_dim]),
-        "parts": torch.tensor([3, heads, width]),
+        "parts": torch.tensor([heads, width]),
         "joined": torch.tensor([-1, heads * width]),
         "wide": torch.tensor([encoder.width]),
         "scale": torch.tensor(width**-0.5),
@@ -292,6 +292,7 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
         node("Unsqueeze", ["of heads", "second"], ["of queries"]),
         node("Where", ["of queries", "seen", "hidden"], ["mask"]),  # [B, 1, 1, P]
     ]
+    turns = {"query": [0, 2, 1, 3], "key": [0, 2, 3, 1], "value": [0, 2, 1, 3]}
     last = "layer 0"
     if hasattr(model, "embeddings_project"):
         nodes.append(linear(last, [model.embeddings_project], "projected"))
@@ -299,23 +300,19 @@ def _bert(encoder: Transformer) -> tuple[list[onnx.NodeProto], dict[str, Tensor]
     for m, layer in enumerate(stack(model), 1):
         parts = layer.attention.self
         nodes += [
-            linear(last, [parts.query, parts.key, parts.value], f"asked {m}"),
-            node("Reshape", [f"asked {m}", "heads"], [f"asked {m} cut"]),
-            node("Transpose", [f"asked {m} cut"], [f"asked {m} turned"], perm=[2, 0, 3, 1, 4]),
-            node(
-                "Split",
-                [f"asked {m} turned"],
-                [f"query {m}", f"key {m}", f"value {m}"],  # each [1, B, heads, P, width]
-                axis=0,
-                num_outputs=3,
-            ),
-            node("Transpose", [f"key {m}"], [f"key {m} turned"], perm=[0, 1, 2, 4, 3]),
-            node("MatMul", [f"query {m}", f"key {m} turned"], [f"raw {m}"]),
+            linear(last, [getattr(parts, name) for name in turns], f"asked {m}"),
+            node("Split", [f"asked {m}"], [f"{name} {m}" for name in turns], axis=1, num_outputs=3),
+        ]
+        for name, turn in turns.items():
+            nodes.append(node("Reshape", [f"{name} {m}", "heads"], [f"{name} {m} cut"]))
+            nodes.append(node("Transpose", [f"{name} {m} cut"], [f"{name} {m} turned"], perm=turn))
+        nodes += [
+            node("MatMul", [f"query {m} turned", f"key {m} turned"], [f"raw {m}"]),
             node("Mul", [f"raw {m}", "scale"], [f"scaled {m}"]),
             node("Add", [f"scaled {m}", "mask"], [f"masked {m}"]),
             node("Softmax", [f"masked {m}"], [f"share {m}"], axis=-1),
-            node("MatMul", [f"share {m}", f"value {m}"], [f"mixed {m}"]),
-            node("Transpose", [f"mixed {m}"], [f"mixed {m} turned"], perm=[0, 1, 3, 2, 4]),
+            node("MatMul", [f"share {m}", f"value {m} turned"], [f"mixed {m}"]),
+            node("Transpose", [f"mixed {m}"], [f"mixed {m} turned"], perm=[0, 2, 1, 3]),
             node("Reshape", [f"mixed {m} turned", "joined"], [f"mixed {m} joined"]),
             linear(f"mixed {m} joined", [layer.attention.output.dense], f"attended {m}"),
             node("Add", [f"attended {m}", last], [f"attended {m} added"]),

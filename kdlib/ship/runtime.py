@@ -269,8 +269,8 @@ class Tagger(Student):
         (scores,) = self._session.run(None, {"pieces": padded, "lengths": lengths})
         counts = np.array([len(first) for first in firsts])
         out = np.zeros((len(firsts), counts.max(), scores.shape[2]))
-        for i, first in enumerate(firsts):
-            out[i, : len(first)] = scores[tuple(zip(*first, strict=True))]
+        flat = [row * padded.shape[1] + place for first in firsts for row, place in first]
+        out[np.arange(out.shape[1]) < counts[:, None]] = scores.reshape(-1, out.shape[2])[flat]
         return out, counts
 
     def _entities(
