@@ -31,7 +31,7 @@ from kdlib.text.files import ROOT, replacing, write_text
 BUILD = ROOT / "build"
 PROFILES = ("default", "quick", "full")
 # parameters that name experiments with records
-EXPERIMENTS = {"ladders", "readings", "searched", "grown"}
+EXPERIMENTS = {"common", "readings", "searched", "grown"}
 EVERY = 15.0  # seconds between two lines of a run that goes on
 
 
