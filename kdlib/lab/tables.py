@@ -4,6 +4,7 @@ and over seeds."""
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -248,6 +249,13 @@ def contrasts(counted: Counted, asked: Iterable[tuple[str, str]] = CONTRASTS) ->
         sure = (table["holm"] < 0.05) & shown(table)
         table["verdict"] = np.where(sure, "shown", np.where(equal, "equal", "not shown"))
     return table
+
+
+def told(row: Any) -> str:
+    """A row of `contrasts` in words: both sides, difference, both intervals, seeds, verdict."""
+    within = f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
+    over = f"seeds [{row.seeds_low:+.2f}, {row.seeds_high:+.2f}], n = {int(row.seeds)}"
+    return f"{row.method} - {row.against}: {within}, {over}: {row.verdict}"
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

@@ -249,6 +249,9 @@ def test_contrasts_by_hand(monkeypatch):
     monkeypatch.setattr(evidence, "recorded", lambda experiment: found)
     rows = evidence.contrasts(OWN).set_index(["method", "against"])
     assert len(rows) == 2
+    assert tables.told(rows.reset_index().iloc[1]) == (
+        "posterior - pseudo-labels: +0.00 [+0.00, +0.00], seeds [+0.00, +0.00], n = 2: equal"
+    )
     same = rows.loc["posterior", "pseudo-labels"]
     assert (same["difference"], same["verdict"], same["seeds"]) == (0, "equal", 2)
     ours = rows.loc["pseudo-labels", "student alone"]
