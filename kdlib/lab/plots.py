@@ -246,7 +246,7 @@ def ladder(axes: Axes, runs: pd.DataFrame) -> None:
         mean, colour = own.groupby("updates")["f1"].mean(), COLOURS.get(name, "#333333")
         axes.plot(own["updates"], own["f1"], ".", color=colour, alpha=0.5, markersize=5)
         axes.plot(mean.index, mean, color=colour)
-        ends.append((mean.iloc[-1], mean.index[-1], name, colour))
+        ends.append((mean.iloc[-1], runs["updates"].max(), name, colour))  # beside, not on, lines
     _doublings(axes, runs.loc[runs["updates"] > 0, "updates"])
     _label_ends(axes, ends)
 
