@@ -394,9 +394,11 @@ def agreement(made: Run, study: Study, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def doubt(teacher: Taught | Told, study: Study) -> dict[str, float]:
-    """How unsure a teacher is of the text it labels: entropy of a word's label in nats, and the
-    share of probability that its best sequence holds; means over words and over sentences."""
-    text = targets.emissions(teacher, study.parts.text)[len(study.parts.labelled) :]
+    """How unsure a teacher is of the text it labels, or where there is none of what it learnt from:
+    entropy of a word's label in nats, and the share of probability that its best sequence holds;
+    means over words and over sentences."""
+    text = targets.emissions(teacher, study.parts.text)
+    text = text[len(study.parts.labelled) :] or text
     best = []
     for e in text:
         e, whole = e[None], torch.ones(1, len(e), dtype=torch.bool)

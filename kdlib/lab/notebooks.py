@@ -297,6 +297,8 @@ def run_all(
     read what others have left come after them. Two jobs of one thread each do more than one of two
     threads: the cores are shared out."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(name, str(2**34))  # glibc: keep the memory of large gradients
     readers = [name for name, (stem, _) in runs.items() if "results" in declared(stem)]
     failures, seconds = [], {}
     for part in ([name for name in runs if name not in readers], readers):

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -101,6 +102,20 @@ class Album:
         told = "Capped bars: bootstrap. Pale lines: over seeds. Filled: shown"
         axes.set_title(told, loc="right")  # names on the left may be long
         self.save(stem, compared, caption, figure)
+
+
+def albums(
+    figures: str, corpus: str, parts: Parts, about: str = "", suffix: str = "", seeds: int = 1
+) -> tuple[Album, Album]:
+    """Where a notebook's toy examples go, and what it measures on a corpus; prints what it stands
+    on: sentences, types, versions, machine."""
+    sizes = f"{corpus}: {len(parts.labelled)} labelled"
+    sizes += f", {len(parts.teaching)} teaching" if parts.teaching else ""
+    sizes += f", {len(parts.transfer_gold)} transfer sentences"
+    print(f"{sizes}; {len(parts.dev)} dev, {len(parts.test)} test; {len(parts.types)} types")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {machine()}")
+    told = f"{sizes}, {about}" if about else sizes
+    return Album(Path(figures) / "toy"), Album(Path(figures) / corpus, suffix, told, seeds)
 
 
 def style() -> None:
@@ -452,10 +467,15 @@ def type_colours(types: Iterable[str]) -> dict[str, str]:
     return dict(zip(types, itertools.cycle(PALETTE)))
 
 
-def side_by_side(parts: Parts, results: Sequence[tables.Run], tagger: Tagger, dataset: str) -> None:
+def side_by_side(
+    parts: Parts, results: Sequence[tables.Run], dataset: str, tagger: Tagger | None = None
+) -> None:
     """A test sentence, which a slider chooses, as gold and each method tell it at the first seed,
-    entities in colour; at first the sentence with the word of which `tagger` is least sure."""
-    sure = [words.amax(1).min() for words in tagger.marginals(tagger.encode(parts.test))]
+    entities in colour; at first that with the word of which `tagger`, if given, is least sure."""
+    least = 0
+    if tagger is not None:
+        sure = [words.amax(1).min() for words in tagger.marginals(tagger.encode(parts.test))]
+        least = int(torch.stack(sure).argmin())
     colours, first = type_colours(parts.types), min(r.seed for r in results)
 
     def told(sentence: int) -> HTML:
@@ -472,7 +492,7 @@ def side_by_side(parts: Parts, results: Sequence[tables.Run], tagger: Tagger, da
     from ipywidgets import IntSlider
 
     last = len(parts.test) - 1
-    live(told, sentence=IntSlider(value=int(torch.stack(sure).argmin()), max=last))
+    live(told, sentence=IntSlider(value=least, max=last))
 
 
 def live(draw: Callable[..., Any], **controls: "Widget") -> None:  # noqa: F821

@@ -72,6 +72,20 @@ def test_no_measured_number_stands_in_the_prose(path):
 
 
 @each
+def test_a_chapter_is_short(path):
+    """At most 160 lines of code beside the solutions, 1,450 words, median text cells of 65."""
+    cells = nbformat.read(path, 4).cells
+    code = [
+        c for c in cells if c.cell_type == "code" and "solution" not in c.metadata.get("tags", [])
+    ]
+    lines = [line.strip() for c in code for line in c.source.splitlines()]
+    assert sum(bool(line) and not line.startswith("#") for line in lines) <= 160
+    words = [len(c.source.split()) for c in cells if c.cell_type == "markdown"]
+    assert sum(words) <= 1450
+    assert sorted(words)[len(words) // 2] <= 65
+
+
+@each
 def test_no_code_line_is_longer_than_100_characters(path):
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code":

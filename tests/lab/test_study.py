@@ -425,7 +425,7 @@ def test_a_sentence_side_by_side_begins_where_the_teacher_doubts(study, monkeypa
     monkeypatch.setattr(plots, "display", lambda html: seen.append(html.data))
     runs = study.runs(["teacher", "student alone"], ["bilstm"], [0])
     tagger = study.taught(0)[0].tagger
-    plots.side_by_side(study.parts, runs, tagger, "own")
+    plots.side_by_side(study.parts, runs, "own", tagger)
     sure = [words.amax(1).min() for words in tagger.marginals(tagger.encode(study.parts.test))]
     doubted = study.parts.test[int(np.argmin(sure))]
     assert all(word in seen[0] for word in doubted.tokens)
