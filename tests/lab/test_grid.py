@@ -59,7 +59,11 @@ def home(tmp_path):
 
 @pytest.mark.notebook
 def test_a_grid_of_jobs_fills_records_and_notebooks_and_has_nothing_left_to_do(home):
-    snakemake(home, "-j", "2", experiments="own")
+    """Jobs go to a cluster of one machine: each job's script is handed to a shell of its own."""
+    (home / "submit.sh").write_text('nohup sh "$1" > "$1.log" 2>&1 &\necho $!\n')
+    cluster = ["--executor", "cluster-generic", "--seconds-between-status-checks", "1"]
+    cluster += ["--cluster-generic-submit-cmd", f"sh {home}/submit.sh"]
+    snakemake(home, "-j", "2", *cluster, experiments="own")
     records = (home / "data" / "runs" / "demo.jsonl").read_text().splitlines()
     assert len(records) == 1 + 2 * 2 + 4  # test set, teachers, doubts, two methods of two seeds
     assert {f.name for f in (home / "build").glob("*.key")} == {
