@@ -278,7 +278,7 @@ def surrogates(sentences: int = 14_000) -> pd.DataFrame:
 
 
 def students(seconds: float = 40.0) -> pd.DataFrame:
-    """Students of notebook 02b against the teacher's shape, words to entities; demo sentences."""
+    """Students of notebook 02c against the teacher's shape, words to entities; demo sentences."""
     parts = corpora.shuffled(corpora.load("demo"), 100, 100)  # speed depends on no training
     shapes = {
         f"{layers} layers, {width} wide": Thin(layers=layers, width=width, feed_forward=units)

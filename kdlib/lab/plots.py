@@ -45,6 +45,7 @@ COLOURS |= {  # what notebooks call a method, or one grain of it
     "label": COLOURS["multi-grained"],
     "token": COLOURS["posterior"],
     "one best": "#556b2f",
+    "adaptive, constant weight": "#a9643a",
     "undistilled": COLOURS["student alone"],
     "undistilled thin": "#6fa8d6",
     "pseudo-labels thin": "#b08968",
