@@ -5,6 +5,7 @@ import sys
 from itertools import chain, pairwise
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import SENTENCES, tagger
@@ -139,6 +140,10 @@ def test_int8_is_near_and_a_quarter_as_large(made):
     small, whole = (runtime.load(folder, int8=int8) for int8 in (True, False))
     ours, exact = (side.emissions([words_of(TEXTS[2])])[0] for side in (small, whole))
     assert 0 < abs(ours - exact).max() < 0.1 * abs(exact).max()
+    graph = onnx.load(folder / "onnx" / "model_int8.onnx").graph
+    weights = map(onnx.numpy_helper.to_array, graph.initializer)
+    most = [abs(w.astype(int)).max() for w in weights if w.dtype == np.int8 and w.ndim > 1]
+    assert most and 2 * 255 * max(most) < 2**15  # two products fit 16 bits on any CPU
     sizes = [(folder / "onnx" / f"model{end}.onnx").stat().st_size for end in ("_int8", "")]
     assert sizes[0] < sizes[1]
 
