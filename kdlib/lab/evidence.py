@@ -37,12 +37,14 @@ class Experiment:
     sentences that examine MSD; `unseen`, its teacher learns without them too. cased: its teacher
     sees letter case. softmax: teacher and students label words one by one, without a CRF. teaching:
     sentences with labels that no student reads; a GLiNER learns from them, the one teacher then.
+    first: the seed that its seeds begin with.
     """
 
     corpus: str
     methods: list[str | dict[str, Any]]
     updates: list[int]
     seeds: int = 3
+    first: int = 0
     students: list[str | dict[str, Any]] = field(default_factory=lambda: ["bilstm"])
     labelled: int = 1000
     transfer: int = 0
@@ -134,9 +136,10 @@ class Experiment:
     def grid(self) -> Iterator[tuple[Method | None, str, int, int, dict]]:
         """Method (None: the teacher), student, updates, seed, and what they declare; updates
         outermost, then seeds, so that a stopped experiment has whole rows."""
-        teachers = 1 if self.teaching else self.seeds
-        yield from ((None, "", 0, s, self.declared(None, "", 0, s)) for s in range(teachers))
-        for updates, seed in itertools.product(self.updates, range(self.seeds)):
+        seeds = range(self.first, self.first + self.seeds)
+        for seed in seeds[:1] if self.teaching else seeds:
+            yield None, "", 0, seed, self.declared(None, "", 0, seed)
+        for updates, seed in itertools.product(self.updates, seeds):
             for student, method in itertools.product(self.learners, self.wanted):
                 told = self.declared(method, student, updates, seed)
                 yield method, student, updates, seed, told
@@ -219,6 +222,24 @@ def beside_teachers(experiment: Experiment) -> pd.DataFrame:
         missed=100 - taught["word_recall"],
         wrong=100 - taught["word_accuracy"],
     ).drop(columns=["entropy", "best"])
+
+
+def searched(tried: Iterable[Experiment]) -> pd.DataFrame:
+    """Every run of a search for settings, on dev: of (the method of which it is a setting), method,
+    rate, seed, dev_f1."""
+    found = []
+    for e in tried:
+        of = {name: method for name, method, _ in map(_varied, e.methods)}
+        rates = {name: student.rate for name, student in e.learners.items()}
+        rows = table(e).query("method != 'teacher'")
+        found.append(rows.assign(of=rows["method"].map(of), rate=rows["student"].map(rates)))
+    return pd.concat(found)[["of", "method", "rate", "seed", "dev_f1"]]
+
+
+def settled(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each method in `searched` the setting with the highest mean dev F1 over seeds."""
+    means = runs.groupby(["of", "method", "rate"], sort=False)["dev_f1"].mean().reset_index()
+    return means.loc[means.groupby("of", sort=False)["dev_f1"].idxmax()]
 
 
 def gap_closed(runs: pd.DataFrame) -> pd.DataFrame:

@@ -307,3 +307,29 @@ def test_a_teacher_may_do_without_the_quiz(tiny_folder):
     assert len(study.lessons_of_teacher(0).rows.lengths) == len(study.parts.labelled) - 2
     own = Experiment("tiny", ["msd"], [2], labelled=6, quiz=2, unseen=True)
     assert own.teacher.unseen == 2 and own.declared(own.wanted[0], "bilstm", 2, 0)["quiz"] == 2
+
+
+def test_a_search_has_seeds_of_its_own_and_dev_decides(at_hand, monkeypatch):
+    students = [{"of": "bilstm", "name": f"rate {rate}", "rate": rate} for rate in (1e-4, 1e-2)]
+    methods = ["posterior", {"of": "posterior", "name": "posterior, alpha 0.25", "alpha": 0.25}]
+    own = replace(OWN, methods=methods, students=students, updates=[2], first=100)
+    monkeypatch.setattr(evidence, "experiments", lambda: {"own": own})
+    evidence.run("own")
+    rows = evidence.searched([own])
+    assert set(rows["seed"]) == {100, 101} and set(rows["of"]) == {"posterior"}
+    assert len(rows) == 8 and set(rows["rate"]) == {1e-4, 1e-2}
+    settings = list(dict.fromkeys(zip(rows["method"], rows["rate"], strict=True)))
+    scored = [settings.index((r.method, r.rate)) + r.seed - 100 for r in rows.itertuples()]
+    (best,) = evidence.settled(rows.assign(dev_f1=scored)).itertuples()
+    assert (best.method, best.rate) == settings[-1] and best.dev_f1 == 3.5
+
+
+def test_the_tuned_methods_have_the_settings_that_dev_chose():
+    known = evidence.experiments()
+    searches = (e for name, e in known.items() if name.startswith("tuning_"))
+    chosen = evidence.settled(evidence.searched(searches))
+    everyones = (chosen["method"] == chosen["of"]) & (chosen["rate"] == STUDENTS["bilstm"].rate)
+    others = chosen[~everyones]
+    tuned = [e for name, e in known.items() if name.startswith("tuned_")]
+    ran = {(m.name, s.rate) for e in tuned for m in e.wanted for s in e.learners.values()}
+    assert ran == set(zip(others["method"], others["rate"], strict=True))
