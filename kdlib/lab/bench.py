@@ -2,7 +2,7 @@
 
 Ours and the peer take turns in one process on the same input; reported are medians in milliseconds
 and their ratio, peer / ours. `surrogates` has no peer: it sets the k-best paths beside the
-teacher's own forward passes, once each.
+teacher's own forward passes, once each; `cost` adds up what a student takes.
 """
 
 import copy
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import onnxruntime
@@ -26,7 +27,7 @@ from gliner import GLiNER
 from torch import Tensor
 
 from kdlib.crf import LinearChainCRF
-from kdlib.lab import plots, targets, timing
+from kdlib.lab import evidence, plots, targets, timing
 from kdlib.lab.study import Fitted, Study
 from kdlib.methods import METHODS, Method
 from kdlib.models import Tagger
@@ -321,7 +322,39 @@ def updates(rounds: int = 6) -> pd.DataFrame:
     return table
 
 
+def cost(name: str = "ladder_wikiann", updates: int = 2400) -> pd.DataFrame:
+    """CPU-seconds of all that a student costs, on one thread, nothing remembered: its teacher's
+    training, its teacher's reading of the text, and its own making by method; each once.
+
+    FileNotFoundError where the experiment's corpus is not here.
+    """
+    torch.set_num_threads(1)  # the second would wait in a loop, and its waiting would count
+    own = replace(evidence.named(name), test=250)  # testing is no part of the cost
+    methods, rows = {m.name: m for m in own.wanted}, []
+
+    def spent(what: str, work: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        found = work()
+        rows.append({"operation": "once", "what": what, "seconds": time.process_time() - start})
+        print(rows[-1], flush=True)
+        return found
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, {"KDLIB_CACHE": folder}),
+    ):
+        study = own.ground().with_budget(own.budget(updates))
+        taught, _ = spent("teacher: training", lambda: study.taught(0))
+        spent("teacher: reading", lambda: targets.emissions(taught, study.parts.text))
+        for method in ("student alone", "pseudo-labels", "weighted top-k", "structural"):
+            spent(method, lambda method=method: study.run(methods[method], "bilstm", 0))
+    table = pd.DataFrame(rows).assign(updates=updates)
+    alone = table.loc[table["what"] == "student alone", "seconds"].item()
+    return table.assign(ratio=table["seconds"] / alone).round({"seconds": 1, "ratio": 2})
+
+
 BENCHMARKS = {
+    "cost": cost,
     "crf": crf,
     "gliner": gliner,
     "surrogates": surrogates,
@@ -331,6 +364,8 @@ BENCHMARKS = {
 
 
 CAPTIONS = {
+    "cost": "CPU-seconds of a student of WikiAnn and of its teacher's work, one thread, each once; "
+    "ratio = over the student alone's",
     "updates": "one update of a BiLSTM student by method, in turns, and what a few hold in memory "
     "at their peak: model, optimizer and a teacher that must be at hand included; ratio = "
     "posterior's time / this one's",

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from conftest import CORPUS, tiny_study
 
-from kdlib.lab import evidence, records, scores, tables
+from kdlib.lab import bench, evidence, records, scores, tables
 from kdlib.lab.evidence import Experiment
 from kdlib.lab.records import Record
 from kdlib.lab.study import Fitted, Study
@@ -66,6 +66,15 @@ def test_a_gliner_teaches_every_seed_of_an_experiment(at_hand, long_folder, monk
     told = [record.declared for record, _ in evidence.recorded(own)]
     assert {t["teaching"] for t in told} == {4} and {t["teacher"]["steps"] for t in told} == {2}
     assert rows.loc[rows["method"] != "teacher", "word_accuracy"].between(0, 100).all()
+
+
+def test_a_student_costs_its_teachers_work_too(at_hand, monkeypatch):
+    taught = ["student alone", "pseudo-labels", "weighted top-k", "structural"]
+    monkeypatch.setattr(evidence, "experiments", lambda: {"own": replace(OWN, methods=taught)})
+    rows = bench.cost("own", updates=2).set_index("what")
+    assert list(rows.index) == ["teacher: training", "teacher: reading", *taught]
+    assert (rows["seconds"] >= 0).all() and rows.loc["student alone", "ratio"] == 1
+    assert not at_hand.exists()  # no record: what was made is not kept
 
 
 def test_students_beside_their_teachers_by_hand(monkeypatch):
