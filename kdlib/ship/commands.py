@@ -95,7 +95,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="crf, gliner, inference, shipped_CORPUS, students, surrogates, updates."
+            help="cost, crf, gliner, inference, shipped_CORPUS, students, surrogates, updates."
         ),
     ],
 ) -> None:
