@@ -105,7 +105,8 @@ def bench(
     and int8. students: small Transformers in turns with their teacher. surrogates: k-best labels
     beside the teacher's forward passes. inference: what a user waits for, GLiNERs, teacher and
     student, in torch and in onnxruntime (and GLiNER by fast_gliner, where $KDLIB_FAST_GLINER names
-    a Python that has it). updates: what one update costs, by method.
+    a Python that has it). updates: what one update costs, by method. cost: the CPU-seconds of a
+    student of WikiAnn (from $KDLIB_DATA), its teacher's work included.
     shipped_conll2003 (or ncbi_disease, wnut17, from $KDLIB_DATA): ten minutes of `distil` beside
     spaCy's tagger on the same labels.
     """
