@@ -83,9 +83,9 @@ def said(monkeypatch):
     return found
 
 
-def check(group, name, run, losses):
+def check(group, name, run, losses, rel=1e-5):
     golden = GOLDEN[group][name]
-    assert losses == pytest.approx(golden["losses"], rel=1e-5)
+    assert losses == pytest.approx(golden["losses"], rel=rel)
     assert [[list(span) for span in spans] for spans in run.predicted] == golden["predicted"]
     if "dev_f1" in golden:
         assert [row["dev_f1"] for row in run.history] == golden["dev_f1"]
@@ -100,7 +100,9 @@ def test_crf_methods(name, tiny_folder, said):
     if method == "teacher":
         return check("chain", name, study.taught(0)[1], said)
     method = CHAIN.get(method) or chosen([method])[0]
-    check("chain", name, study.run(method, student, 0), said)
+    # A difference of two nearby losses has fewer digits than they: 4e-5 between kinds of CPU.
+    rel = 1e-4 if dict(method.knobs).get("way") == "central" else 1e-5
+    check("chain", name, study.run(method, student, 0), said, rel)
 
 
 @pytest.mark.parametrize("name", GOLDEN["layers"])
